@@ -7,11 +7,11 @@
     python benchmarks/ablation.py --draw ablation.json  # only tables and figure, from a results file
 
 The arms: contrastive learning only, and with the compute of all three stages; with warm-up, with the bridge, with both;
-causal instead of bidirectional; ``<EOS>`` that does not attend to block B; the bridge's mask ratio and length; fewer
-pairs. Every arm is trained once for each seed, with different scenes, order and masks; your own folders are the same
-for all seeds. In the bridge and the contrastive stage the learning rate is constant and the order of the rows does not
-depend on the length, so that a snapshot equals the result of a shorter stage. Compute is counted in FLOPs of the
-training steps, without recomputation; the time is reported beside it.
+with MoCa in their place; causal instead of bidirectional; ``<EOS>`` that does not attend to block B; the bridge's mask
+ratio and length; fewer pairs. Every arm is trained once for each seed, with different scenes, order and masks; your own
+folders are the same for all seeds. In the bridge and the contrastive stage the learning rate is constant and the order
+of the rows does not depend on the length, so that a snapshot equals the result of a shorter stage. Compute is counted
+in FLOPs of the training steps, without recomputation; the time is reported beside it.
 
 ``--profile photos`` compares the stages on captioned photographs instead: contrastive pairs of 100, 1,000 and all
 images, with one caption or all, where warm-up and bridge see all captioned photographs or those of the pairs alone;
@@ -60,6 +60,8 @@ TINY_SETTINGS = (
     "contrastive.learning_rate=6.0e-4",
     # Divides every number of pairs, so that all batches have the same size.
     "contrastive.batch_size=50",
+    # As moca-tiny: a scene has four visual tokens, and 0.5 masks all of them in one of 16.
+    "moca.image_mask_ratio=0.2",
 )
 REDUCED = Sizes(8000, 320, 1000, 300, 480, 40, variant_part=0.5, equal_fractions=(0.1, 1.0), captions_as_pairs=False)
 PHOTOS = PhotoSizes(0, 0, 0, 80, 320, 50, probe_rows=128)

@@ -19,6 +19,19 @@ LENGTHS = (0.125, 0.25, 0.5, 1.0)
 ALONE, EQUAL, ALL_THREE = "contrastive only", "contrastive only, compute of all three", "all three"
 ALONE_CAUSAL = "contrastive only, causal"
 NO_BRIDGE = "warm-up, contrastive"
+MOCA = "moca"
+MOCA_ARM = "moca, contrastive"
+MOCA_SETTINGS = (
+    "pooling=mean",
+    "moca.batch_size=48",
+    "moca.learning_rate=5.0e-4",
+    "moca.warmup_steps=40",
+    "moca.adam_beta2=0.98",
+    "moca.schedule=constant_with_warmup",
+    "moca.group_by_length=false",
+)
+"""Of the stage that stands for warm-up and bridge."""
+
 CAPTIONS_AS_PAIRS = "contrastive only, compute of all three, every captioned image a pair"
 
 
@@ -173,6 +186,11 @@ class Grid:
         """Return stage 1."""
         return StageRun("warmup", self.sizes.warmup_steps, settings)
 
+    def moca(self) -> StageRun:
+        """Return the stage of MoCa, with the compute of warm-up and bridge."""
+        steps = round(self.flops_before(self.sizes.bridge_steps) / self.flops_per_step(MOCA, 1.0))
+        return StageRun(MOCA, steps, MOCA_SETTINGS)
+
     def bridge(self, start: StageRun | None) -> StageRun:
         """Return stage 2 with its snapshots."""
         steps = sorted(set(self.sizes.snapshots.values()) - {self.sizes.bridge_steps})
@@ -207,6 +225,7 @@ class Grid:
             NO_BRIDGE: self.contrastive(self.warmup()),
             "bridge, contrastive": self.contrastive(self.bridge(None)),
             ALL_THREE: self.all_three(),
+            MOCA_ARM: self.contrastive(self.moca()),
         }
         return [Arm("stages", name, last) for name, last in chains.items()]
 
@@ -262,7 +281,11 @@ class Grid:
         if arm.group == "mask ratio":
             return [other for other in others if other.x == self.mask_ratio]
         if arm.group == "stages":
-            names = {ALONE: (), ALL_THREE: (ALONE, EQUAL, NO_BRIDGE)}.get(arm.name, (ALONE,))
+            names = {
+                ALONE: (),
+                ALL_THREE: (ALONE, EQUAL, NO_BRIDGE),
+                MOCA_ARM: (ALONE, EQUAL, ALL_THREE),
+            }.get(arm.name, (ALONE,))
         elif arm.group == "variants":
             names = {ALONE: (), ALL_THREE: (), ALONE_CAUSAL: (ALONE,)}.get(arm.name, (ALL_THREE,))
         else:

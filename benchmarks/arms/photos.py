@@ -2,22 +2,11 @@
 
 from dataclasses import dataclass, replace
 
-from arms.grid import ALL_THREE, ALONE, EQUAL, NO_BRIDGE, Arm, Grid, Sizes, StageRun
+from arms.grid import ALL_THREE, ALONE, EQUAL, MOCA_ARM, NO_BRIDGE, Arm, Grid, Sizes, StageRun
 
 BRIDGE_ONLY = "bridge, contrastive"
 ONLY_PAIRS = "all three, on the pairs alone"
-MOCA = "moca"
-MOCA_SETTINGS = (
-    "pooling=mean",
-    "moca.batch_size=48",
-    "moca.learning_rate=5.0e-4",
-    "moca.warmup_steps=40",
-    "moca.adam_beta2=0.98",
-    "moca.schedule=constant_with_warmup",
-    "moca.group_by_length=false",
-)
-"""Of the stage that stands for warm-up and bridge, where the package has it."""
-
+NO_PAIRS = "warm-up, bridge"
 FIRST = (ALONE, EQUAL, ALL_THREE)
 """The arms that are trained before all others, with all data."""
 
@@ -80,9 +69,8 @@ class PhotoGrid(Grid):
         if is_first:
             chains[NO_BRIDGE] = self.third(fraction, captions, start=self.warmup())
             chains[BRIDGE_ONLY] = self.third(fraction, captions, start=self.bridge(None))
-            steps = round(self.flops_before(self.sizes.bridge_steps) / self.flops_per_step(MOCA, fraction))
-            moca = StageRun(MOCA, steps, MOCA_SETTINGS)
-            chains[f"{MOCA}, contrastive"] = self.third(fraction, captions, start=moca)
+            chains[MOCA_ARM] = self.third(fraction, captions, start=self.moca())
+            chains[NO_PAIRS] = self.bridge(self.warmup())
         at_step = {ALONE: self.sizes.contrastive_steps}
         return [
             Arm("photographs", name, last, fraction, fraction, at_step.get(name), captions)
@@ -149,7 +137,8 @@ class PhotoGrid(Grid):
 
     def references(self, arm: Arm) -> list[Arm]:
         """Return the arms on the same data that an arm is compared with."""
-        names = () if arm.name in (ALONE, EQUAL) else (EQUAL, *((ALL_THREE,) if arm.group == "settings" else (ALONE,)))
+        others = (ALL_THREE,) if arm.group == "settings" else (ALONE, *((ALL_THREE,) if arm.name == MOCA_ARM else ()))
+        names = () if arm.name in (ALONE, EQUAL) else (EQUAL, *others)
         data = (arm.group, arm.fraction, arm.captions)
-        others = [other for other in self.arms if (other.group, other.fraction, other.captions) == data]
-        return [other for other in others if other.name in names and other != arm]
+        same = [other for other in self.arms if (other.group, other.fraction, other.captions) == data]
+        return [other for other in same if other.name in names and other != arm]

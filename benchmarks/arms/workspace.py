@@ -14,8 +14,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from arms.families import families
-from arms.grid import Grid, Group, Sizes, StageRun
-from arms.photos import MOCA, MOCA_SETTINGS, SETTINGS, PhotoGrid, PhotoSizes
+from arms.grid import MOCA, MOCA_SETTINGS, Grid, Group, Sizes, StageRun
+from arms.photos import SETTINGS, PhotoGrid, PhotoSizes
 from cocoa_embed.data.image_folder import METADATA_FILE
 from cocoa_embed.demo.photographs import link_or_copy
 from cocoa_embed.demo.scenes import write_image_folder, write_scenes
@@ -176,7 +176,7 @@ class Workspace:
         :param is_timed: Time a few steps of each stage, too.
         """
         is_photos = isinstance(self.sizes, PhotoSizes)
-        names = [stage for stage in STAGES if stage != MOCA or is_photos]
+        names = [*STAGES]
         if is_photos and (groups is None or "settings" in groups):
             names += SETTINGS
         of_stage = {"contrastive": (f"contrastive.data.limit={self.sizes.pairs}",), MOCA: MOCA_SETTINGS}

@@ -1,4 +1,4 @@
-"""How embeddings are spread on the unit sphere: pure functions of float arrays ``[n, D]`` with rows of unit length."""
+"""How embeddings lie on the unit sphere: pure functions of float arrays ``[n, D]`` with rows of unit length."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,7 +6,8 @@ from scipy.spatial.distance import pdist
 from scipy.special import entr, logsumexp
 
 ALIGNMENT = "alignment"
-"""The name of the first measure, which training logs more often than the others."""
+PAIR_RECALL = "pair_recall"
+"""Names of measures that training shows or asks for."""
 
 
 def alignment(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
@@ -55,6 +56,20 @@ def effective_rank(embeddings: NDArray[np.floating]) -> float:
     return float(np.exp(entr(values / values.sum()).sum()))
 
 
+def pair_recall(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
+    """Return how many rows are nearer to the other row of their pair than to any other's, mean of both directions.
+
+    It is recall@1 among the pairs, in [0, 1]. A tie is a miss, so that it is 0 where all embeddings are equal.
+
+    :param first: float ``[n, D]``; each row is paired with the same row of ``second``.
+    :raises ValueError: If the shapes differ, there is no row, or a value is not finite.
+    """
+    similarities = _checked(first) @ _checked(second).T
+    own = similarities.diagonal().copy()
+    np.fill_diagonal(similarities, -np.inf)
+    return float(np.mean([own > similarities.max(axis=axis) for axis in (0, 1)]))
+
+
 def geometry(
     first: NDArray[np.floating],
     second: NDArray[np.floating],
@@ -62,7 +77,7 @@ def geometry(
     first_has_image: NDArray[np.bool_],
     second_has_image: NDArray[np.bool_],
 ) -> dict[str, float]:
-    """Return the four measures of pairs, by their names in the log.
+    """Return the measures of pairs, by their names in the log.
 
     Uniformity is the mean over the two sides; the effective rank is that of both sides together. The modality gap is
     between items with an image and items of text alone; it is left out if all items are of one kind.
@@ -77,7 +92,7 @@ def geometry(
     has_image = np.concatenate([first_has_image, second_has_image])
     if has_image.any() and not has_image.all():
         measures["modality_gap"] = modality_gap(together[has_image], together[~has_image])
-    return {**measures, "effective_rank": effective_rank(together)}
+    return {**measures, "effective_rank": effective_rank(together), PAIR_RECALL: pair_recall(first, second)}
 
 
 def _checked(embeddings: NDArray[np.floating], fewest: int = 1) -> NDArray[np.float64]:

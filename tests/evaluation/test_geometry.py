@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cocoa_embed.evaluation.geometry import alignment, effective_rank, geometry, modality_gap, uniformity
+from cocoa_embed.evaluation.geometry import alignment, effective_rank, geometry, modality_gap, pair_recall, uniformity
 
 Floats = NDArray[np.float64]
 BASIS = np.eye(6)
@@ -36,6 +36,12 @@ HALF = on_the_sphere(16).astype(np.float16)
         (uniformity(100 * BASIS), -2 * 2 * 100**2),
         (modality_gap(BASIS[:1], -BASIS[:1]), 2),
         (modality_gap(BASIS[:2], BASIS[2:3]), math.sqrt(0.25 + 0.25 + 1)),
+        (pair_recall(BASIS, BASIS), 1),
+        (pair_recall(BASIS, BASIS[::-1]), 0),
+        # Two pairs exchanged in one of six; a tie is a miss on both sides.
+        (pair_recall(BASIS, BASIS[[1, 0, 2, 3, 4, 5]]), 4 / 6),
+        (pair_recall(BASIS, BASIS[[0, 0, 2, 3, 4, 5]]), (4 / 6 + 5 / 6) / 2),
+        (pair_recall(np.repeat(BASIS[:1], 3, axis=0), np.repeat(BASIS[:1], 3, axis=0)), 0),
         *((effective_rank(BASIS[:count]), count) for count in (1, 2, 6)),
         *((effective_rank(np.repeat(on_the_sphere(1), count, axis=0)), 1) for count in (1, 2, 6)),
         (effective_rank(BASIS[[0, 0, 0, 1]]), LARGER**-LARGER * (1 - LARGER) ** (LARGER - 1)),
@@ -45,22 +51,25 @@ def test_measures_of_known_sets(found: float, expected: float) -> None:
     assert found == pytest.approx(expected, abs=1e-9)
 
 
-def test_geometry_has_all_four_measures_which_a_rotation_does_not_change() -> None:
+def test_geometry_has_all_measures_which_a_rotation_does_not_change() -> None:
     first, second = on_the_sphere(9, seed=1), on_the_sphere(9, seed=2)
     kinds = {"first_has_image": np.arange(9) < 6, "second_has_image": np.zeros(9, dtype=bool)}
     found = geometry(first, second, **kinds)
-    assert list(found) == ["alignment", "uniformity", "modality_gap", "effective_rank"]
+    assert list(found) == ["alignment", "uniformity", "modality_gap", "effective_rank", "pair_recall"]
     assert found == {
         "alignment": alignment(first, second),
         "uniformity": (uniformity(first) + uniformity(second)) / 2,
         "modality_gap": modality_gap(first[:6], np.concatenate([first[6:], second])),
         "effective_rank": effective_rank(np.concatenate([first, second])),
+        "pair_recall": pair_recall(first, second),
     }
     assert all(isinstance(value, float) for value in found.values())
     turn = np.linalg.qr(np.random.default_rng(3).normal(size=(8, 8)))[0]
     assert geometry(first @ turn, second @ turn, **kinds) == pytest.approx(found)
     no_image = geometry(first, second, first_has_image=np.full(9, False), second_has_image=np.full(9, False))
-    assert list(no_image) == ["alignment", "uniformity", "effective_rank"], "items of one kind have no gap"
+    assert list(no_image) == ["alignment", "uniformity", "effective_rank", "pair_recall"], (
+        "items of one kind have no gap"
+    )
 
 
 @pytest.mark.parametrize(

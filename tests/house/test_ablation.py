@@ -18,8 +18,20 @@ from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 import ablation
 from arms.families import FAMILY, families, variations
 from arms.figure import draw
-from arms.grid import ALL_THREE, ALONE, CAPTIONS_AS_PAIRS, EQUAL, FRACTIONS, LENGTHS, NO_BRIDGE, Grid, Sizes, StageRun
-from arms.photos import BRIDGE_ONLY, ONLY_PAIRS, SETTINGS, PhotoGrid, PhotoSizes
+from arms.grid import (
+    ALL_THREE,
+    ALONE,
+    CAPTIONS_AS_PAIRS,
+    EQUAL,
+    FRACTIONS,
+    LENGTHS,
+    MOCA_ARM,
+    NO_BRIDGE,
+    Grid,
+    Sizes,
+    StageRun,
+)
+from arms.photos import BRIDGE_ONLY, NO_PAIRS, ONLY_PAIRS, SETTINGS, PhotoGrid, PhotoSizes
 from arms.runner import jobs_of, outcome, run_jobs, score
 from arms.summary import SCORED, results_document, tables, values
 from arms.workspace import UserFolders, Workspace
@@ -35,8 +47,8 @@ from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.stages.bridge.probe import hold_out_rows
 
 ROOT = Path(__file__).parents[2]
-PER_ROW = {"warmup": 0.42, "bridge": 0.34, "contrastive": 0.35}
-BATCH_SIZES = {"warmup": 32, "bridge": 32, "contrastive": 64}
+PER_ROW = {"warmup": 0.42, "moca": 0.42, "bridge": 0.34, "contrastive": 0.35}
+BATCH_SIZES = {"warmup": 32, "moca": 48, "bridge": 32, "contrastive": 64}
 SIZES = Sizes(8000, 500, 1000, warmup_steps=200, bridge_steps=640, contrastive_steps=50)
 
 
@@ -113,6 +125,7 @@ def test_arms_are_compared_with_those_that_differ_in_one_thing(grid: Grid) -> No
         return [[other.name for other in grid.references(arm)] for arm in arms]
 
     assert names("stages", ALL_THREE) == [[ALONE, EQUAL, NO_BRIDGE]]
+    assert names("stages", MOCA_ARM) == [[ALONE, EQUAL, ALL_THREE]]
     assert names("stages", EQUAL) == names("stages", NO_BRIDGE) == [[ALONE]]
     assert names("variants", "all three, causal") == [[ALL_THREE]]
     assert names("stages", ALONE) == [[]]
@@ -198,8 +211,8 @@ PHOTOS = PhotoSizes(6000, 1000, 6000, 80, 320, 50, images=(1000, 100, 9000), cap
 
 
 def photo_grid(sizes: PhotoSizes = PHOTOS) -> PhotoGrid:
-    batches = {**BATCH_SIZES, "contrastive": 128, "moca": 48}
-    return PhotoGrid(sizes, {**PER_ROW, "moca": 0.42, SETTINGS[0]: 0.3, SETTINGS[-1]: 0.7}, batches, mask_ratio=0.7)
+    batches = {**BATCH_SIZES, "contrastive": 128}
+    return PhotoGrid(sizes, {**PER_ROW, SETTINGS[0]: 0.3, SETTINGS[-1]: 0.7}, batches, mask_ratio=0.7)
 
 
 def test_all_arms_on_the_same_photographs_have_the_same_compute_but_for_those_that_are_to_have_less() -> None:
@@ -207,7 +220,7 @@ def test_all_arms_on_the_same_photographs_have_the_same_compute_but_for_those_th
     for arm in grid.arms:
         equal = [other for other in grid.references(arm) if other.name == EQUAL]
         assert len(equal) == (arm.name not in (ALONE, EQUAL))
-        if equal and "the bridge" not in arm.name and arm.name not in (NO_BRIDGE, BRIDGE_ONLY):
+        if equal and "the bridge" not in arm.name and arm.name not in (NO_BRIDGE, BRIDGE_ONLY, NO_PAIRS):
             slack = sum(grid.flops_per_step(stage, arm.fraction, arm.captions) for stage in BATCH_SIZES) / 2
             assert abs(grid.flops(arm) - grid.flops(equal[0])) <= slack, arm.name
     varied = {arm.name: arm.chain for arm in grid.arms if arm.name in (SETTINGS[0], SETTINGS[-1])}
@@ -222,7 +235,7 @@ def test_the_main_comparison_comes_first_with_all_photographs() -> None:
     expected = [(*each, name) for each in data for name in (ALONE, EQUAL, ALL_THREE)]
     assert [(grid.pairs(arm.fraction), arm.captions, arm.name) for arm in arms[: len(expected)]] == expected
     later = {(arm.name, grid.pairs(arm.fraction), arm.captions) for arm in arms[len(expected) :]}
-    once = (NO_BRIDGE, BRIDGE_ONLY, "moca, contrastive", ONLY_PAIRS)
+    once = (NO_BRIDGE, BRIDGE_ONLY, MOCA_ARM, NO_PAIRS, ONLY_PAIRS)
     assert later == {*((name, 1000, 5) for name in once), (ONLY_PAIRS, 100, 5)}
     complete = [arm.name for arm in photo_grid(replace(PHOTOS, complete=True)).arms if arm.group == "photographs"]
     assert [complete.count(name) for name in (NO_BRIDGE, ONLY_PAIRS)] == [6, 5], (

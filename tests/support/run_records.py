@@ -6,7 +6,7 @@ PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42m"
     "P8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
 )
-GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
+GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank", "pair_recall")
 ACCURACIES = ("accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image")
 
 

@@ -22,7 +22,7 @@ from cocoa_embed.train.diagnosis import MASKED_TOKENS, Diagnosis, diagnose, held
 
 HELD_OUT = 4
 STAGE: dict[str, Any] = {"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 0, "logging_steps": 1}
-GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
+GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank", "pair_recall")
 
 
 class Run(NamedTuple):

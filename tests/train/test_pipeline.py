@@ -46,7 +46,7 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-GEOMETRY = {"alignment", "uniformity", "modality_gap", "effective_rank"}
+GEOMETRY = {"alignment", "uniformity", "modality_gap", "effective_rank", "pair_recall"}
 ACCURACIES = {"accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"}
 METRICS = {
     "warmup": {"loss", "mntp_loss", "mae_loss", "masked_token_accuracy"},

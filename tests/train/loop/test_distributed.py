@@ -29,7 +29,7 @@ STAGE: dict[str, Any] = {
     "save_steps": 2,
 }
 
-GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
+GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank", "pair_recall")
 ACCURACIES = ("accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image")
 METRICS = {
     "warmup": ("mntp_loss", "mae_loss", "masked_token_accuracy"),

@@ -30,7 +30,7 @@ from cocoa_embed.train.stages.bridge.probe import (
 from cocoa_embed.train.stages.probe import draw_images, geometry_probe, pictured_rows
 
 ACCURACIES = ["accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"]
-GEOMETRY = ["alignment", "uniformity", "modality_gap", "effective_rank"]
+GEOMETRY = ["alignment", "uniformity", "modality_gap", "effective_rank", "pair_recall"]
 TEXT = Row(query=Item(text="a"), positive=Item(text="b"), source="text")
 
 

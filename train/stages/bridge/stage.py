@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from cocoa_embed.data.rows import Row, shortened
 from cocoa_embed.errors import UsageError
+from cocoa_embed.evaluation.geometry import PAIR_RECALL
 from cocoa_embed.model.attention import Block, bridge_mask, is_causal
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.families.registry import family_of
@@ -23,7 +24,6 @@ from cocoa_embed.train.stages.bridge.collator import BridgeCollator, split_block
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.bridge.probe import (
     MATCHING_IMAGE,
-    NO_IMAGE,
     PROBE_METRICS,
     SHUFFLED_IMAGE,
     bridge_probe,
@@ -58,10 +58,15 @@ class Bridge(Stage[BridgeSettings]):
 
     @property
     def shown_metrics(self) -> Mapping[str, str]:
-        """The accuracies on held-out rows, or on the batch if there are none."""
+        """The metrics of held-out rows, or the accuracy on the batch if there are none."""
         if not self.settings.probe_rows:
             return {"loss": "loss", "masked_token_accuracy": "accuracy"}
-        return {"loss": "loss", MATCHING_IMAGE: "matching image", SHUFFLED_IMAGE: "shuffled", NO_IMAGE: "no image"}
+        return {
+            "loss": "loss",
+            MATCHING_IMAGE: "matching image",
+            SHUFFLED_IMAGE: "shuffled",
+            PAIR_RECALL: "recall",
+        }
 
     def usable(self, rows: RowTable) -> np.ndarray:
         """Return which rows have a content text."""
