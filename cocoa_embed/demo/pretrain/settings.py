@@ -81,14 +81,15 @@ class VisionSettings(StageSettings):
     """The stage that trains the vision encoder alone, on the words of captions and on the features of a teacher.
 
     :param word_images: The fewest images of a word to be predicted.
-    :param word_weight: The weight of the words' loss beside that of the features.
+    :param word_weight: The weight of the words' loss beside that of the features. With a higher one, the encoder learns
+        the words of a few thousand images by heart.
     :param components: The most principal components of a teacher's features.
     :param views: Crops of each image whose features are made, once; each is also used mirrored.
     """
 
     batch_size: Positive = 96
     word_images: Positive = 10
-    word_weight: Rate = 0.02
+    word_weight: Rate = 0.002
     components: Positive = 256
     views: Positive = 8
 
@@ -156,12 +157,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mixed_precision": "no",
     },
     "photographs": {
-        "vision": {"steps": 1200, "muon_learning_rate": 8e-3},
-        "language": {"steps": 2000, "muon_learning_rate": 5e-3},
-        "all": {"steps": 1000, "learning_rate": 2e-4},
+        "vision": {"steps": 1500, "muon_learning_rate": 8e-3},
+        "language": {"steps": 1200, "muon_learning_rate": 5e-3},
+        "all": {"steps": 400, "learning_rate": 3e-4, "muon_learning_rate": 2e-3},
     },
     "language model": {
-        "vision": {"steps": 1200, "muon_learning_rate": 8e-3},
+        "vision": {"steps": 1500, "muon_learning_rate": 8e-3},
         "connector": {"steps": 1000},
         "all": {"steps": 2000, "learning_rate": 2e-4},
     },
