@@ -7,11 +7,12 @@
     python benchmarks/ablation.py --draw ablation.json  # only tables and figure, from a results file
 
 The arms: contrastive learning only, and with the compute of all three stages; with warm-up, with the bridge, with both;
-with MoCa in their place; causal instead of bidirectional; ``<EOS>`` that does not attend to block B; the bridge's mask
-ratio and length; fewer pairs. Every arm is trained once for each seed, with different scenes, order and masks; your own
-folders are the same for all seeds. In the bridge and the contrastive stage the learning rate is constant and the order
-of the rows does not depend on the length, so that a snapshot equals the result of a shorter stage. Compute is counted
-in FLOPs of the training steps, without recomputation; the time is reported beside it.
+with MoCa in their place (beside ``tiny`` and ``photos``); causal instead of bidirectional; ``<EOS>`` that does not
+attend to block B; the bridge's mask ratio and length; fewer pairs. Every arm is trained once for each seed, with
+different scenes, order and masks; your own folders are the same for all seeds. In the bridge and the contrastive stage
+the learning rate is constant and the order of the rows does not depend on the length, so that a snapshot equals the
+result of a shorter stage. Compute is counted in FLOPs of the training steps, without recomputation; the time is
+reported beside it.
 
 ``--profile photos`` compares the stages on captioned photographs instead: contrastive pairs of 100, 1,000 and all
 images, with one caption or all, where warm-up and bridge see all captioned photographs or those of the pairs alone;

@@ -30,7 +30,7 @@ MOCA_SETTINGS = (
     "moca.schedule=constant_with_warmup",
     "moca.group_by_length=false",
 )
-"""Of the stage that stands for warm-up and bridge."""
+"""Overrides of the stage that replaces warm-up and bridge, for a recipe of the package that trains a small backbone."""
 
 CAPTIONS_AS_PAIRS = "contrastive only, compute of all three, every captioned image a pair"
 
@@ -119,7 +119,7 @@ class Arm:
 class Grid:
     """All arms of one ablation.
 
-    :param flops_per_row: Of each stage; in the contrastive stage, of a pair.
+    :param flops_per_row: Of each stage, with MoCa's if it is compared; in the contrastive stage, of a pair.
     :param batch_sizes: Of each stage.
     :param mask_ratio: Of the bridge, where mask ratios are not compared.
     :param groups: The groups to run; None for all.
@@ -186,6 +186,11 @@ class Grid:
         """Return stage 1."""
         return StageRun("warmup", self.sizes.warmup_steps, settings)
 
+    @property
+    def has_moca(self) -> bool:
+        """Whether MoCa is compared, too."""
+        return MOCA in self.flops_per_row
+
     def moca(self) -> StageRun:
         """Return the stage of MoCa, with the compute of warm-up and bridge."""
         steps = round(self.flops_before(self.sizes.bridge_steps) / self.flops_per_step(MOCA, 1.0))
@@ -225,8 +230,9 @@ class Grid:
             NO_BRIDGE: self.contrastive(self.warmup()),
             "bridge, contrastive": self.contrastive(self.bridge(None)),
             ALL_THREE: self.all_three(),
-            MOCA_ARM: self.contrastive(self.moca()),
         }
+        if self.has_moca:
+            chains[MOCA_ARM] = self.contrastive(self.moca())
         return [Arm("stages", name, last) for name, last in chains.items()]
 
     def _variants(self) -> list[Arm]:

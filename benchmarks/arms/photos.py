@@ -70,7 +70,8 @@ class PhotoGrid(Grid):
         if is_first:
             chains[NO_BRIDGE] = self.third(fraction, captions, start=self.warmup())
             chains[BRIDGE_ONLY] = self.third(fraction, captions, start=self.bridge(None))
-            chains[MOCA_ARM] = self.third(fraction, captions, start=self.moca())
+            if self.has_moca:
+                chains[MOCA_ARM] = self.third(fraction, captions, start=self.moca())
             chains[NO_PAIRS] = self.bridge(self.warmup())
         at_step = {ALONE: self.sizes.contrastive_steps}
         return [

@@ -30,6 +30,9 @@ from cocoa_embed.train.timing import seconds_per_step
 
 MARKER = ".cocoa-ablation"
 DIGITS = 10
+MOCA_BASES = ("tiny", "photos")
+"""Recipes beside which MoCa is trained."""
+
 VERSION = 1
 """Raise it when the code changes what a stage learns, so that older weights are not reused."""
 
@@ -176,7 +179,9 @@ class Workspace:
         :param is_timed: Time a few steps of each stage, too.
         """
         is_photos = isinstance(self.sizes, PhotoSizes)
-        names = [*STAGES]
+        # MoCa's settings are for these recipes, and a mean is one vector.
+        has_moca = self.base in MOCA_BASES and self.recipe(StageRun("warmup", 1), 0, backbone=None).eos_tokens == 1
+        names = [stage for stage in STAGES if stage != MOCA or has_moca]
         if is_photos and (groups is None or "settings" in groups):
             names += SETTINGS
         of_stage = {"contrastive": (f"contrastive.data.limit={self.sizes.pairs}",), MOCA: MOCA_SETTINGS}

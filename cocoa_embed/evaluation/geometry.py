@@ -9,6 +9,9 @@ ALIGNMENT = "alignment"
 PAIR_RECALL = "pair_recall"
 """Names of measures that training shows or asks for."""
 
+TIE = 1e-9
+"""Cosines that differ by less are equal: a matrix product rounds equal ones differently."""
+
 
 def alignment(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
     """Return the mean squared distance of pairs (Wang and Isola 2020, alpha 2), in [0, 4]; 0 where all are equal.
@@ -57,17 +60,19 @@ def effective_rank(embeddings: NDArray[np.floating]) -> float:
 
 
 def pair_recall(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
-    """Return how many rows are nearer to the other row of their pair than to any other's, mean of both directions.
+    """Return recall@1 among the pairs, the mean of both directions, in [0, 1].
 
-    It is recall@1 among the pairs, in [0, 1]. A tie is a miss, so that it is 0 where all embeddings are equal.
+    A tie is a miss, so that it is 0 where all embeddings are equal. Rows with the same text always miss.
 
-    :param first: float ``[n, D]``; each row is paired with the same row of ``second``.
-    :raises ValueError: If the shapes differ, there is no row, or a value is not finite.
+    :param first: float ``[n, D]``, two rows or more; each is paired with the same row of ``second``.
+    :raises ValueError: If the shapes differ, there are fewer rows, or a value is not finite.
     """
-    similarities = _checked(first) @ _checked(second).T
+    if first.shape != second.shape:
+        raise ValueError(f"pairs need two arrays of one shape, got {first.shape} and {second.shape}")
+    similarities = _checked(first, fewest=2) @ _checked(second).T
     own = similarities.diagonal().copy()
     np.fill_diagonal(similarities, -np.inf)
-    return float(np.mean([own > similarities.max(axis=axis) for axis in (0, 1)]))
+    return float(np.mean([own > similarities.max(axis=axis) + TIE for axis in (0, 1)]))
 
 
 def geometry(

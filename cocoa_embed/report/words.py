@@ -23,7 +23,7 @@ GEOMETRY = {
     "uniformity": "how evenly they are spread over the sphere: 0 is all in one place, about -4 an even spread",
     "modality_gap": "distance between the centres of images and texts: 0 if they are in the same place",
     "effective_rank": "dimensions in use: few mean that the embeddings have collapsed",
-    "pair_recall": "pairs of which each embedding is the other's nearest: recall@1 among the rows measured",
+    "pair_recall": "embeddings whose nearest one on the other side is their own pair: recall@1 among the rows measured",
 }
 """Alignment and uniformity of Wang and Isola (2020), gap of Liang et al. (2022), rank of Roy and Vetterli (2007)."""
 

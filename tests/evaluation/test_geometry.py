@@ -38,10 +38,14 @@ HALF = on_the_sphere(16).astype(np.float16)
         (modality_gap(BASIS[:2], BASIS[2:3]), math.sqrt(0.25 + 0.25 + 1)),
         (pair_recall(BASIS, BASIS), 1),
         (pair_recall(BASIS, BASIS[::-1]), 0),
-        # Two pairs exchanged in one of six; a tie is a miss on both sides.
+        # The second sides of two of six pairs are swapped; then they are equal, and a tie is a miss.
         (pair_recall(BASIS, BASIS[[1, 0, 2, 3, 4, 5]]), 4 / 6),
         (pair_recall(BASIS, BASIS[[0, 0, 2, 3, 4, 5]]), (4 / 6 + 5 / 6) / 2),
-        (pair_recall(np.repeat(BASIS[:1], 3, axis=0), np.repeat(BASIS[:1], 3, axis=0)), 0),
+        # Equal rows whose products are rounded differently.
+        *(
+            (pair_recall(each, each), 0)
+            for each in (np.repeat(on_the_sphere(1, width), 33, axis=0) for width in (8, 96))
+        ),
         *((effective_rank(BASIS[:count]), count) for count in (1, 2, 6)),
         *((effective_rank(np.repeat(on_the_sphere(1), count, axis=0)), 1) for count in (1, 2, 6)),
         (effective_rank(BASIS[[0, 0, 0, 1]]), LARGER**-LARGER * (1 - LARGER) ** (LARGER - 1)),
@@ -77,6 +81,8 @@ def test_geometry_has_all_measures_which_a_rotation_does_not_change() -> None:
     [
         (uniformity, [BASIS * np.nan], "not finite"),
         (uniformity, [BASIS[:1]], r"n of 2 or more, got \(1, 6\)"),
+        (pair_recall, [BASIS[:1], BASIS[:1]], r"n of 2 or more, got \(1, 6\)"),
+        (pair_recall, [BASIS, BASIS[:3]], r"one shape, got \(6, 6\) and \(3, 6\)"),
         (effective_rank, [np.zeros((3, 3))], "all zero"),
     ],
 )

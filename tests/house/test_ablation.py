@@ -134,6 +134,14 @@ def test_arms_are_compared_with_those_that_differ_in_one_thing(grid: Grid) -> No
     assert names("length", ALL_THREE) == [[EQUAL]] * 2 * len(LENGTHS)
 
 
+def test_moca_is_compared_where_its_settings_fit(workspace: Workspace) -> None:
+    def names(*settings: str) -> set[str]:
+        return {arm.name for arm in replace(workspace, settings=(*workspace.settings, *settings)).grid(["stages"]).arms}
+
+    assert {ALL_THREE, MOCA_ARM} <= names()
+    assert names("eos_tokens=2") == names() - {MOCA_ARM}, "a mean is one vector"
+
+
 def test_variants_are_compared_after_equally_long_bridges() -> None:
     arms = [arm for arm in grid_of(replace(SIZES, variant_part=0.5)).arms if arm.group in ("variants", "mask ratio")]
     assert {steps for arm in arms for stage_run, steps in arm.chain if stage_run.stage == "bridge"} == {320}
