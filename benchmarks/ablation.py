@@ -1,6 +1,6 @@
 """What each stage of CoCoA is worth, at equal data and at equal compute, on drawn scenes or on your own pairs.
 
-    python benchmarks/ablation.py                       # reduced: under an hour on two cores
+    python benchmarks/ablation.py                       # reduced: about an hour on two cores
     python benchmarks/ablation.py --profile full        # on a GPU
     python benchmarks/ablation.py --training FOLDER --held-out FOLDER --base my-recipe.yaml --pairs 5000
     python benchmarks/ablation.py --profile photos --training FOLDER --held-out FOLDER --backbone FOLDER --plan

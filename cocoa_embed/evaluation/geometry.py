@@ -62,7 +62,7 @@ def effective_rank(embeddings: NDArray[np.floating]) -> float:
 def pair_recall(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
     """Return recall@1 among the pairs, the mean of both directions, in [0, 1].
 
-    A tie is a miss, so that it is 0 where all embeddings are equal. Rows with the same text always miss.
+    A tie is a miss, so that it is 0 where all embeddings are equal. Equal texts of two rows tie.
 
     :param first: float ``[n, D]``, two rows or more; each is paired with the same row of ``second``.
     :raises ValueError: If the shapes differ, there are fewer rows, or a value is not finite.
