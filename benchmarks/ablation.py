@@ -85,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", help="the recipe of all stages [tiny, or photos]")
     parser.add_argument("--backbone", help="the folder or name of another backbone [the recipe's]")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override of that recipe")
+    parser.add_argument("--alone-learning-rate", type=float, help="of contrastive learning alone [the recipe's]")
     parser.add_argument("--training", type=Path, help="an image folder to train on [drawn scenes]")
     parser.add_argument("--held-out", type=Path, help="an image folder to measure on, with --training")
     for name in SIZES:
@@ -146,7 +147,8 @@ def open_workspace(options: argparse.Namespace) -> Workspace:
     settings = (*(TINY_SETTINGS if options.base == TINY else ()), *options.set)
     if torch.accelerator.is_available():
         settings = (f"workers={max(1, (os.cpu_count() or 1) // options.processes - 1)}", *settings)
-    return Workspace(options.work, sizes, options.base, settings, folders, options.backbone)
+    rate = options.alone_learning_rate
+    return Workspace(options.work, sizes, options.base, settings, folders, options.backbone, rate)
 
 
 def check_folders(training: Path, held_out: Path) -> UserFolders:
@@ -233,6 +235,7 @@ def results(
         "profile": options.profile,
         "base": workspace.base,
         "settings": list(workspace.settings),
+        "alone_learning_rate": workspace.alone_learning_rate,
         "seeds": seeds,
         "processes": options.processes,
         "seconds_of_this_call": round(time.perf_counter() - started, 1),

@@ -7,6 +7,9 @@ from arms.grid import ALL_THREE, ALONE, EQUAL, MOCA_ARM, NO_BRIDGE, Arm, Grid, S
 BRIDGE_ONLY = "bridge, contrastive"
 ONLY_PAIRS = "all three, on the pairs alone"
 NO_PAIRS = "warm-up, bridge"
+HALF = "all three, half of the bridge"
+"""With as many more contrastive steps as cost the same."""
+
 FIRST = (ALONE, EQUAL, ALL_THREE)
 """The arms that are trained before all others, with all data."""
 
@@ -71,7 +74,8 @@ class PhotoGrid(Grid):
             chains[NO_BRIDGE] = self.third(fraction, captions, start=self.warmup())
             chains[BRIDGE_ONLY] = self.third(fraction, captions, start=self.bridge(None))
             if self.has_moca:
-                chains[MOCA_ARM] = self.third(fraction, captions, start=self.moca())
+                chains[HALF] = self._half_of_the_bridge(fraction, captions)
+            chains[MOCA_ARM] = self.third(fraction, captions, start=self.moca())
             chains[NO_PAIRS] = self.bridge(self.warmup())
         at_step = {ALONE: self.sizes.contrastive_steps}
         return [
@@ -114,13 +118,17 @@ class PhotoGrid(Grid):
     def _half(self) -> int:
         return self.sizes.bridge_steps // 2
 
+    def _half_of_the_bridge(self, fraction: float, captions: float) -> StageRun:
+        saved = (self.sizes.bridge_steps - self._half) * self.flops_per_step("bridge", fraction)
+        more = round(saved / self.flops_per_step("contrastive", fraction, captions))
+        return self.third(fraction, captions, at_step=self._half, steps=self.sizes.contrastive_steps + more)
+
     def _settings(self, fraction: float) -> list[Arm]:
         captions = self.sizes.captions
         longer = StageRun("bridge", 2 * self.sizes.bridge_steps, start=self.warmup())
         chains = {
             EQUAL: self.alone(fraction, captions),
             ALL_THREE: self.third(fraction, captions),
-            "half of the bridge": self.third(fraction, captions, at_step=self._half),
             "twice the bridge": self.third(fraction, captions, start=longer),
             **{setting: self._varied(setting, fraction) for setting in SETTINGS},
         }

@@ -73,6 +73,8 @@ class Workspace:
     :param settings: Overrides of it for all arms, as ``key.sub=value``.
     :param folders: The user's image folders; None for drawn scenes, different ones for each seed.
     :param backbone: What the first stage starts from; None for the recipe's.
+    :param alone_learning_rate: Of contrastive learning alone, for which the best rate may be another one; None for the
+        recipe's.
     """
 
     work: Path
@@ -81,6 +83,7 @@ class Workspace:
     settings: tuple[str, ...] = ()
     folders: UserFolders | None = None
     backbone: str | None = None
+    alone_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -167,7 +170,14 @@ class Workspace:
             *(f"{stage}.{setting}" for setting in ("epochs=null", "adapter=null", f"steps={stage_run.steps}")),
         ]
         start = [f"backbone={json.dumps(name)}" for name in (backbone or self.backbone,) if name]
+        if stage == "contrastive" and stage_run.start is None and self.alone_learning_rate is not None:
+            common.append(f"contrastive.learning_rate={self.alone_learning_rate}")
         return Recipe.load(self.base, [*self.settings, *common, *stage_run.settings, *start])
+
+    @property
+    def has_moca(self) -> bool:
+        """Whether MoCa's settings fit: they are for a few recipes, and a mean is one vector."""
+        return self.base in MOCA_BASES and self.recipe(StageRun("warmup", 1), 0, backbone=None).eos_tokens == 1
 
     def grid(
         self, groups: Sequence[Group] | None = None, patterns: Sequence[str] = (), *, is_timed: bool = False
@@ -179,9 +189,7 @@ class Workspace:
         :param is_timed: Time a few steps of each stage, too.
         """
         is_photos = isinstance(self.sizes, PhotoSizes)
-        # MoCa's settings are for these recipes, and a mean is one vector.
-        has_moca = self.base in MOCA_BASES and self.recipe(StageRun("warmup", 1), 0, backbone=None).eos_tokens == 1
-        names = [stage for stage in STAGES if stage != MOCA or has_moca]
+        names = [stage for stage in STAGES if stage != MOCA or self.has_moca]
         if is_photos and (groups is None or "settings" in groups):
             names += SETTINGS
         of_stage = {"contrastive": (f"contrastive.data.limit={self.sizes.pairs}",), MOCA: MOCA_SETTINGS}

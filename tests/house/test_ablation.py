@@ -31,7 +31,7 @@ from arms.grid import (
     Sizes,
     StageRun,
 )
-from arms.photos import BRIDGE_ONLY, NO_PAIRS, ONLY_PAIRS, SETTINGS, PhotoGrid, PhotoSizes
+from arms.photos import BRIDGE_ONLY, HALF, NO_PAIRS, ONLY_PAIRS, SETTINGS, PhotoGrid, PhotoSizes
 from arms.runner import jobs_of, outcome, run_jobs, score
 from arms.summary import SCORED, results_document, tables, values
 from arms.workspace import UserFolders, Workspace
@@ -134,12 +134,13 @@ def test_arms_are_compared_with_those_that_differ_in_one_thing(grid: Grid) -> No
     assert names("length", ALL_THREE) == [[EQUAL]] * 2 * len(LENGTHS)
 
 
-def test_moca_is_compared_where_its_settings_fit(workspace: Workspace) -> None:
-    def names(*settings: str) -> set[str]:
-        return {arm.name for arm in replace(workspace, settings=(*workspace.settings, *settings)).grid(["stages"]).arms}
-
-    assert {ALL_THREE, MOCA_ARM} <= names()
-    assert names("eos_tokens=2") == names() - {MOCA_ARM}, "a mean is one vector"
+def test_moca_is_compared_where_its_settings_fit(workspace: Workspace, grid: Grid) -> None:
+    assert workspace.has_moca
+    assert not replace(workspace, settings=("eos_tokens=2",)).has_moca, "a mean is one vector"
+    assert not replace(workspace, base="own-folder", settings=()).has_moca
+    names = {arm.name for arm in grid.arms}
+    without = replace(grid, flops_per_row={name: each for name, each in PER_ROW.items() if name != "moca"})
+    assert {arm.name for arm in without.arms} == names - {MOCA_ARM} != names
 
 
 def test_variants_are_compared_after_equally_long_bridges() -> None:
@@ -164,6 +165,20 @@ def test_the_key_of_a_stage_depends_on_all_that_changes_its_weights(workspace: W
     metadata = workspace.data(0).held_out / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace("red", "crimson"))
     assert workspace.key(stage_run, 0) != before, "other data at the same place"
+
+
+def test_only_contrastive_learning_alone_has_the_learning_rate_that_is_given_for_it(
+    workspace: Workspace, tiny: Sizes
+) -> None:
+    changed = replace(workspace, alone_learning_rate=3e-3)
+    lasts = {arm.last for arm in grid_of(tiny).arms}
+    assert {each.start is None for each in lasts} == {True, False}, "the premise"
+    for last in lasts:
+        before, after = (each.recipe(last, 0, backbone=None).contrastive for each in (workspace, changed))
+        assert before is not None
+        assert before.learning_rate != 3e-3, "the premise"
+        rate = before.learning_rate if last.start else 3e-3
+        assert after == before.model_copy(update={"learning_rate": rate})
 
 
 @pytest.mark.parametrize("is_given", [False, True], ids=["drawn", "given"])
@@ -228,7 +243,7 @@ def test_all_arms_on_the_same_photographs_have_the_same_compute_but_for_those_th
     for arm in grid.arms:
         equal = [other for other in grid.references(arm) if other.name == EQUAL]
         assert len(equal) == (arm.name not in (ALONE, EQUAL))
-        if equal and "the bridge" not in arm.name and arm.name not in (NO_BRIDGE, BRIDGE_ONLY, NO_PAIRS):
+        if equal and arm.name not in ("twice the bridge", NO_BRIDGE, BRIDGE_ONLY, NO_PAIRS):
             slack = sum(grid.flops_per_step(stage, arm.fraction, arm.captions) for stage in BATCH_SIZES) / 2
             assert abs(grid.flops(arm) - grid.flops(equal[0])) <= slack, arm.name
     varied = {arm.name: arm.chain for arm in grid.arms if arm.name in (SETTINGS[0], SETTINGS[-1])}
@@ -243,7 +258,7 @@ def test_the_main_comparison_comes_first_with_all_photographs() -> None:
     expected = [(*each, name) for each in data for name in (ALONE, EQUAL, ALL_THREE)]
     assert [(grid.pairs(arm.fraction), arm.captions, arm.name) for arm in arms[: len(expected)]] == expected
     later = {(arm.name, grid.pairs(arm.fraction), arm.captions) for arm in arms[len(expected) :]}
-    once = (NO_BRIDGE, BRIDGE_ONLY, MOCA_ARM, NO_PAIRS, ONLY_PAIRS)
+    once = (NO_BRIDGE, BRIDGE_ONLY, HALF, MOCA_ARM, NO_PAIRS, ONLY_PAIRS)
     assert later == {*((name, 1000, 5) for name in once), (ONLY_PAIRS, 100, 5)}
     complete = [arm.name for arm in photo_grid(replace(PHOTOS, complete=True)).arms if arm.group == "photographs"]
     assert [complete.count(name) for name in (NO_BRIDGE, ONLY_PAIRS)] == [6, 5], (
