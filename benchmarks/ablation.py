@@ -65,7 +65,7 @@ TINY_SETTINGS = (
     "moca.image_mask_ratio=0.2",
 )
 REDUCED = Sizes(8000, 320, 1000, 300, 480, 40, variant_part=0.5, equal_fractions=(0.1, 1.0), captions_as_pairs=False)
-PHOTOS = PhotoSizes(0, 0, 0, 80, 320, 50, probe_rows=128)
+PHOTOS = PhotoSizes(0, 0, 0, 80, 240, 40, probe_rows=128)
 PROFILES = {
     "reduced": REDUCED,
     "full": Sizes(40_000, 2000, 1000, 300, 3000, 150),

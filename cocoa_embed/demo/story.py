@@ -168,8 +168,9 @@ class Demo:
 
     def _notes(self, scores: dict[str, Any], model: SentenceTransformer) -> list[str]:
         notes = [
-            "Contrastive only: the same backbone, the same pairs, the same number of contrastive steps, without "
-            "the two reconstruction stages. It had less compute: this page does not show its scores with as much.",
+            "Contrastive only: the same backbone, pairs, contrastive steps and learning rate, without the two "
+            "reconstruction stages. It had less compute: this page does not show its scores with as much, nor at the "
+            "learning rate that is best for it.",
         ]
         if self.photos is None:
             notes.append(

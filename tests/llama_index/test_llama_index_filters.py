@@ -11,7 +11,7 @@ from qdrant_client.local.payload_filters import check_filter
 from cocoa_embed.errors import UsageError
 from cocoa_embed.integrations.llama_index.filters import to_condition
 from cocoa_embed.integrations.qdrant.searching.filters import parse_filters
-from cocoa_embed.integrations.qdrant.stores.client_filters import to_client_filter
+from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
 
 AND, OR, NOT = FilterCondition.AND, FilterCondition.OR, FilterCondition.NOT
 NODES: list[dict[str, Any]] = [
@@ -50,7 +50,8 @@ def one(key: str, operator: str, value: object = None) -> MetadataFilters:
 def found(filters: MetadataFilters) -> set[int]:
     condition = to_condition(filters)
     assert condition is not None
-    query_filter = to_client_filter(condition)
+    query_filter = read_filter(condition)
+    assert query_filter is not None
     return {number for number, payload in enumerate(NODES) if check_filter(query_filter, payload, number, {})}
 
 

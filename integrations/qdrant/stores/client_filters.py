@@ -62,12 +62,6 @@ def read_filter(query_filter: Filter, indexes: Indexes = None) -> models.Filter 
     return models.Filter(must=converted) if converted else None
 
 
-def to_client_filter(condition: tree.Condition) -> models.Filter:
-    """Return a condition as a filter of qdrant-client."""
-    converted = _convert(condition, None)
-    return converted if isinstance(converted, models.Filter) else models.Filter(must=[converted])
-
-
 def _convert(condition: tree.Condition, indexes: Indexes) -> models.Condition:
     match condition:
         case tree.And(parts):
