@@ -44,7 +44,7 @@ from cocoa_embed.train.plan.meter import StageMeter
 from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.stage import Stage
-from cocoa_embed.train.stages.warmup.model import WarmupModel
+from cocoa_embed.train.stages.warmup.stage import WarmupModel
 from shared.models import MODELS, model_config, stand_in_processor
 from shared.output import command_line, report
 from steps.sides import PlainModel, peft_adapter

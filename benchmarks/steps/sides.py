@@ -29,8 +29,8 @@ from cocoa_embed.train.settings import AdapterSettings
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.losses import mae_loss
 from cocoa_embed.train.stages.reconstruction import model_mask
-from cocoa_embed.train.stages.warmup.model import WarmupModel
 from cocoa_embed.train.stages.warmup.settings import WarmupSettings
+from cocoa_embed.train.stages.warmup.stage import WarmupModel
 from shared.measuring import best_device
 from shared.models import model_config
 from steps.synthetic_rows import SyntheticRow, draw_rows, make_batch

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stages import warmup_collator
 from tiny_backbones import TINY_MAX_LENGTH, LoadTiny, every_family
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
@@ -25,7 +26,6 @@ from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.reconstruction import bridge_model_mask, full_model_mask, last_hidden_states
 from cocoa_embed.train.stages.rendering import render_items
-from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -127,7 +127,7 @@ def test_in_both_stages_the_last_token_changes_earlier_states_only_if_attention_
 ) -> None:
     backbone = load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH, bidirectional=bidirectional)
     model, rows = backbone.model.eval(), numbered(scene_rows[:4])
-    warmup = WarmupCollator(backbone.processor, backbone.geometry, seed=0)(rows)
+    warmup = warmup_collator(backbone)(rows)
     bridge = BridgeCollator(backbone.processor, seed=0)(rows)
     for batch, mask in (
         (warmup, full_model_mask(model, warmup["attention_mask"])),

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stages import warmup_collator, warmup_model
 from tiny_backbones import STAGE, LoadTiny, every_family
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
@@ -29,8 +30,6 @@ from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.reconstruction import bridge_model_mask
-from cocoa_embed.train.stages.warmup.collator import WarmupCollator
-from cocoa_embed.train.stages.warmup.model import WarmupModel
 
 
 @pytest.fixture
@@ -127,8 +126,8 @@ def test_flex_runs_in_the_warmup_stage_with_its_pixel_decoder_and_under_autocast
     for implementation in ("sdpa", FLEX):
         backbone = load_tiny(implementation)
         torch.manual_seed(0)
-        model = WarmupModel(backbone.model, backbone.geometry)
-        batch = WarmupCollator(backbone.processor, backbone.geometry, seed=0)(numbered(scene_rows[:3]))
+        model = warmup_model(backbone)
+        batch = warmup_collator(backbone)(numbered(scene_rows[:3]))
         losses.append(model(**batch)["loss"])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             losses.append(model(**batch)["loss"])

@@ -15,7 +15,7 @@ from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.integrations.qdrant import IndexSummary
 from cocoa_embed.integrations.qdrant.indexing import manifest
-from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint, points_of
+from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint, PointStream
 from cocoa_embed.integrations.qdrant.indexing.manifest import Manifest, manifest_file
 from cocoa_embed.integrations.qdrant.indexing.run import IndexRun
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
@@ -300,12 +300,13 @@ def test_the_manifest_of_a_collection_is_kept_and_a_folder_that_cannot_be_writte
         assert Manifest(unusable).shard("/data/one.tar") is None
 
 
-class TestPointsOf:
+class TestPointStream:
     """Points without a collection, as an embedding job writes them to files."""
 
     def test_every_content_becomes_a_point_with_the_records_in_flight_with_it(self, world: World) -> None:
         records = [record for shard in world.source.shards() for record in shard.records()]
-        made = [each for each in points_of(records, Encoder(FakeModel()), batch_size=4) if isinstance(each, NewPoint)]
+        outcomes = PointStream(encoder=Encoder(FakeModel())).run(records, batch_size=4)
+        made = [each for each in outcomes if isinstance(each, NewPoint)]
         assert sum(len(each.records) for each in made) == len(records) == 10
         stored = {id_: payload["sha256"] for id_, payload in world.store.scan(["sha256"])}
         assert {each.point.id: each.point.payload["sha256"] for each in made} == stored
@@ -316,7 +317,8 @@ class TestPointsOf:
 
         record = Record("/a.bmp", "a.bmp", lambda: image(1))
         reads: list[Callable[[], bytes]] = [record.read, lambda: BROKEN, fail]
-        outcomes = list(points_of([replace(record, read=read) for read in reads], Encoder(FakeModel())))
+        stream = PointStream(encoder=Encoder(FakeModel()))
+        outcomes = list(stream.run(replace(record, read=read) for read in reads))
         assert [type(outcome).__name__ for outcome in outcomes].count("NewPoint") == 1
         failed = {outcome.error.reason: outcome.sha256 for outcome in outcomes if not isinstance(outcome, NewPoint)}
         assert failed.pop("is gone") is None

@@ -21,9 +21,8 @@ from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.losses import masked_token_loss
 from cocoa_embed.train.stages.masking import mask_each, row_generators
-from cocoa_embed.train.stages.moca.collator import MocaCollator
-from cocoa_embed.train.stages.moca.model import MocaModel
 from cocoa_embed.train.stages.moca.settings import MocaSettings
+from cocoa_embed.train.stages.moca.stage import MocaCollator, MocaModel
 from cocoa_embed.train.stages.reconstruction import (
     full_model_mask,
     last_hidden_states,
@@ -31,9 +30,8 @@ from cocoa_embed.train.stages.reconstruction import (
 )
 from cocoa_embed.train.stages.rendering import joined, render_items, replace_masked, text_tokens
 from cocoa_embed.train.stages.stage import Stage
-from cocoa_embed.train.stages.warmup.collator import WarmupCollator
-from cocoa_embed.train.stages.warmup.model import WarmupModel
 from cocoa_embed.train.stages.warmup.settings import WarmupSettings
+from cocoa_embed.train.stages.warmup.stage import WarmupCollator, WarmupModel
 
 AStage = TypeVar("AStage", bound=Stage[Any])
 

@@ -81,52 +81,6 @@ class FailedRecord(NamedTuple):
 Outcome: TypeAlias = NewPoint | StoredContent | FailedRecord
 
 
-def nothing_stored(ids: Sequence[str]) -> Mapping[str, Payload]:
-    """Return no payload: every content is new."""
-    return {}
-
-
-def points_of(
-    records: Iterable[Record],
-    encoder: Encoder,
-    *,
-    batch_size: int = 32,
-    stored: Callable[[Sequence[str]], Mapping[str, Payload]] = nothing_stored,
-    on_stored: Callable[[StoredContent], object] = lambda _: None,
-    changes_caption: Callable[[Payload, Record], bool] = lambda *_: False,
-    known_fault: Callable[[str], str | None] = lambda _: None,
-    thumbnails: ThumbnailFolder | None = None,
-    llama_index: bool = False,
-    embed: str = IMAGE,
-) -> Iterator[Outcome]:
-    """Yield a point for each new content, stored contents that are embedded anew, and records that cannot be used.
-
-    Records are read lazily, some batches ahead, and memory is bounded. Records with the same content that are in flight
-    together are one point; a copy that comes later is a second point with the same id, unless ``stored`` knows it.
-
-    :param batch_size: The maximum number of images in a batch.
-    :param stored: Returns, of the ids of contents, those that have a point, with its payload. They are not embedded.
-    :param on_stored: Called with each record whose content is stored, and not yielded.
-    :param changes_caption: Returns whether a stored content gets another caption by a record. What embeds the caption
-        is then embedded anew.
-    :param known_fault: Returns why a content, by its SHA-256, could not be used before; it is not tried again.
-    :param thumbnails: Where to write small copies.
-    :param llama_index: Whether payloads have the fields that LlamaIndex's own ``QdrantVectorStore`` reads.
-    :param embed: What is embedded of an image: one of ``EMBEDS``.
-    :raises CocoaError: If the model does not embed that, or a thumbnail cannot be written.
-    """
-    stream = _PointStream(encoder, stored, on_stored, changes_caption, known_fault, thumbnails, llama_index, embed)
-    size = None if thumbnails is None else THUMBNAIL_SIZE
-    with ExitStack() as stack:
-        reading = stack.enter_context(closing(read_ahead(read_record, records)))
-        new = stream.new_contents(reading)
-        embedded = encoder.stream_images(new, batch_size=batch_size, thumbnail_size=size)
-        for content, outcome in stack.enter_context(closing(cast("Generator[tuple[Content, Any]]", embedded))):
-            yield from stream.take_failures()
-            yield from stream.finish(content, outcome)
-        yield from stream.take_failures()
-
-
 def read_record(record: Record) -> tuple[Content, bytes]:
     """Read and hash a record.
 
@@ -137,32 +91,62 @@ def read_record(record: Record) -> tuple[Content, bytes]:
     return Content(point_id(sha256), sha256, len(data)), data
 
 
-@dataclass
-class _PointStream:
-    """What is between reading and embedding."""
+@dataclass(kw_only=True)
+class PointStream:
+    """Makes points of records.
+
+    :param stored: Returns, of the ids of contents, those that have a point, with its payload. They are not embedded.
+    :param on_stored: Called with each record whose content is stored, and not yielded.
+    :param changes_caption: Returns whether a stored content gets another caption by a record. What embeds the caption
+        is then embedded anew.
+    :param known_fault: Returns why a content, by its SHA-256, could not be used before; it is not tried again.
+    :param thumbnails: Where to write small copies.
+    :param llama_index: Whether payloads have the fields that LlamaIndex's own ``QdrantVectorStore`` reads.
+    :param embed: What is embedded of an image: one of ``EMBEDS``.
+    """
 
     encoder: Encoder
-    stored: Callable[[Sequence[str]], Mapping[str, Payload]]
-    on_stored: Callable[[StoredContent], object]
-    changes_caption: Callable[[Payload, Record], bool]
-    known_fault: Callable[[str], str | None]
-    thumbnails: ThumbnailFolder | None
-    llama_index: bool
-    embed: str
-    _embedding: dict[str, list[Record]] = field(default_factory=dict)
+    stored: Callable[[Sequence[str]], Mapping[str, Payload]] = lambda _: {}
+    on_stored: Callable[[StoredContent], object] = lambda _: None
+    changes_caption: Callable[[Payload, Record], bool] = lambda *_: False
+    known_fault: Callable[[str], str | None] = lambda _: None
+    thumbnails: ThumbnailFolder | None = None
+    llama_index: bool = False
+    embed: str = IMAGE
+    _embedding: dict[str, list[Record]] = field(default_factory=dict, init=False)
     """The records of each content that is being embedded."""
-    _anew: dict[str, Payload] = field(default_factory=dict)
+    _anew: dict[str, Payload] = field(default_factory=dict, init=False)
     """The payloads of the contents among them that are stored."""
-    _captions: dict[str, np.ndarray] = field(default_factory=dict)
+    _captions: dict[str, np.ndarray] = field(default_factory=dict, init=False)
     """The vectors of the captions of contents that are being embedded."""
-    _failed: deque[FailedRecord] = field(default_factory=deque)
+    _failed: deque[FailedRecord] = field(default_factory=deque, init=False)
 
-    def take_failures(self) -> Iterator[FailedRecord]:
+    def run(self, records: Iterable[Record], batch_size: int = 32) -> Iterator[Outcome]:
+        """Yield a point for each new content, stored contents that are embedded anew, and records that cannot be used.
+
+        Records are read lazily, some batches ahead, and memory is bounded. Records with the same content that are in
+        flight together are one point; a copy that comes later is a second point with the same id, unless ``stored``
+        knows it.
+
+        :param batch_size: The maximum number of images in a batch.
+        :raises CocoaError: If the model does not embed what is asked for, or a thumbnail cannot be written.
+        """
+        size = None if self.thumbnails is None else THUMBNAIL_SIZE
+        with ExitStack() as stack:
+            reading = stack.enter_context(closing(read_ahead(read_record, records)))
+            new = self._new_contents(reading)
+            embedded = self.encoder.stream_images(new, batch_size=batch_size, thumbnail_size=size)
+            for content, outcome in stack.enter_context(closing(cast("Generator[tuple[Content, Any]]", embedded))):
+                yield from self._take_failures()
+                yield from self._finish(content, outcome)
+            yield from self._take_failures()
+
+    def _take_failures(self) -> Iterator[FailedRecord]:
         """Yield the failures that were found since the last call."""
         while self._failed:
             yield self._failed.popleft()
 
-    def new_contents(
+    def _new_contents(
         self, reading: Iterable[tuple[Record, Future[tuple[Content, bytes]]]]
     ) -> Iterator[tuple[Content, bytes | CaptionedImage]]:
         """Yield each new content once; pass on the records whose content is stored, or which cannot be used."""
@@ -248,7 +232,7 @@ class _PointStream:
         vector = None if caption is None else NewVector(CAPTION_VECTOR, caption)
         self.on_stored(StoredContent(record, content.id, payload, thumbnail, vector))
 
-    def finish(self, content: Content, outcome: EmbeddedImage | ImageError) -> Iterator[Outcome]:
+    def _finish(self, content: Content, outcome: EmbeddedImage | ImageError) -> Iterator[Outcome]:
         """Yield the point of a content that was embedded, or the failures of its records."""
         records = self._embedding.pop(content.id)
         stored, caption = self._anew.pop(content.id, None), self._captions.pop(content.id, None)

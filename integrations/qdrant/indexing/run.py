@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import ImageError, TransientImageError
-from cocoa_embed.integrations.qdrant.indexing.embed_records import FailedRecord, NewPoint, StoredContent, points_of
+from cocoa_embed.integrations.qdrant.indexing.embed_records import FailedRecord, NewPoint, PointStream, StoredContent
 from cocoa_embed.integrations.qdrant.indexing.manifest import CompleteShard, Fault, Manifest
 from cocoa_embed.integrations.qdrant.indexing.merge import DESCRIPTION_KEYS, Change, Merger, living_first
 from cocoa_embed.integrations.qdrant.indexing.prune import prune_deleted
@@ -148,10 +148,8 @@ class IndexRun:
         :raises CocoaError: If the store or a source fails.
         """
         with Writer(self.store, self._merger, self._on_written) as self._writer:
-            outcomes = points_of(
-                self._changed_records(),
-                self.encoder,
-                batch_size=batch_size,
+            stream = PointStream(
+                encoder=self.encoder,
                 stored=self._stored,
                 on_stored=self._on_stored,
                 changes_caption=self._merger.changes_caption,
@@ -160,7 +158,7 @@ class IndexRun:
                 llama_index=self.llama_index,
                 embed=self.embed,
             )
-            for outcome in outcomes:
+            for outcome in stream.run(self._changed_records(), batch_size):
                 if isinstance(outcome, NewPoint):
                     self._on_new(outcome)
                 elif isinstance(outcome, StoredContent):

@@ -15,7 +15,7 @@ from cocoa_embed.encode.devices import DeviceEncoder
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import ImageError
-from cocoa_embed.integrations.qdrant.indexing.embed_records import FailedRecord, NewPoint, points_of
+from cocoa_embed.integrations.qdrant.indexing.embed_records import FailedRecord, NewPoint, PointStream
 from cocoa_embed.integrations.qdrant.shards.files import FAILED_SUFFIX, SUFFIX, EmbeddingFolder
 from cocoa_embed.integrations.qdrant.stores.base import IMAGE, TOGETHER, Point, Signature, refuse_both
 from cocoa_embed.sources.base import Record, Source
@@ -132,7 +132,7 @@ def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder, *, batch_s
             failed.append({"path": part.key, "reason": error.reason})
 
     def points() -> Iterator[Point]:
-        for outcome in points_of(records(), encoder, batch_size=batch_size, embed=folder.embed):
+        for outcome in PointStream(encoder=encoder, embed=folder.embed).run(records(), batch_size):
             if isinstance(outcome, NewPoint):
                 yield outcome.point
             elif isinstance(outcome, FailedRecord):

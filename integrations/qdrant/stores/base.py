@@ -249,13 +249,6 @@ def refuse_both(embed: str, vectors: int) -> None:
         )
 
 
-def lower_bound(score_threshold: float | None) -> float | None:
-    """Return the next smaller float32, because Qdrant leaves out scores that equal the threshold."""
-    if score_threshold is None:
-        return None
-    return float(np.nextafter(np.float32(score_threshold), np.float32(-np.inf)))
-
-
 def oversampling(limit: int) -> float:
     """Return how many quantized candidates per hit to rescore: at least 3, and at least 200 in total.
 

@@ -20,7 +20,6 @@ from cocoa_embed.integrations.qdrant.stores.base import (
     Payload,
     Point,
     Query,
-    lower_bound,
     of_vectors,
 )
 
@@ -132,7 +131,8 @@ def check_query(query: Query, shape: tuple[int, ...]) -> Query:
             f"vectors is {query.vectors}, and the collection has {of_vectors(most)} a point; give 1 to {most}"
         )
     threshold = query.score_threshold
-    threshold = lower_bound(None if threshold is None else threshold * query.vectors)
+    if threshold is not None:  # the next smaller float32, as Qdrant leaves out scores that equal the threshold
+        threshold = float(np.nextafter(np.float32(threshold * query.vectors), np.float32(-np.inf)))
     return query._replace(vector=np.asarray(query.vector, dtype=np.float32), score_threshold=threshold)
 
 

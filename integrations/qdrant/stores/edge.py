@@ -32,11 +32,7 @@ from cocoa_embed.integrations.qdrant.stores.edge_filters import to_edge_filter  
 
 Answer = TypeVar("Answer")
 
-MARKER = EDGE_MARKER
-"""Marks a folder of shards; locked while a shard is created in it."""
 LOCK_FILE = ".cocoa-lock"
-CONFIG_FILE = EDGE_COLLECTION
-"""The engine's own file in each shard."""
 SIGNATURE_FILE = "signature.json"
 SNAPSHOT_FILE = "snapshot.tar"
 SCRATCH = "creating:"
@@ -72,7 +68,9 @@ class EdgeStore(Store):
 
     def collections(self) -> list[str]:
         """Return the names of all collections in this place."""
-        return sorted(file.parent.name for file in self._folder.glob(f"*/{CONFIG_FILE}") if file.parent.name != SCRATCH)
+        return sorted(
+            file.parent.name for file in self._folder.glob(f"*/{EDGE_COLLECTION}") if file.parent.name != SCRATCH
+        )
 
     def create_payload_index(self, field: str, kind: str) -> None:
         """Create an index for filters on a field, unless there is one."""
@@ -86,7 +84,7 @@ class EdgeStore(Store):
             if not self._exists():
                 self._refuse_foreign_folders()
                 return None
-            named = read_json(self._shard_folder / CONFIG_FILE).get("vectors", {})
+            named = read_json(self._shard_folder / EDGE_COLLECTION).get("vectors", {})
             cosine = [each for each in named.values() if each.get("distance") == "Cosine"]
             sizes = {each["size"] for each in cosine if not each.get("multivector_config")}
             file = self._shard_folder / SIGNATURE_FILE
@@ -101,7 +99,7 @@ class EdgeStore(Store):
         with self._readable_errors():
             self._refuse_foreign_folders()
             self._folder.mkdir(parents=True, exist_ok=True)
-            with folder_lock(self._folder / MARKER):
+            with folder_lock(self._folder / EDGE_MARKER):
                 found = self.signature()
                 if found is not None and snapshot is not None:
                     raise UsageError(f"{self.name} exists already; give another collection, or another folder")
@@ -174,7 +172,7 @@ class EdgeStore(Store):
         return self._call(lambda shard: shard.query_batch(batch))
 
     def _exists(self) -> bool:
-        return (self._shard_folder / CONFIG_FILE).exists()
+        return (self._shard_folder / EDGE_COLLECTION).exists()
 
     def _build(self, scratch: Path, signature: Signature, snapshot: Callable[[Path], object] | None) -> None:
         """Create a complete shard in a scratch folder."""
@@ -209,8 +207,8 @@ class EdgeStore(Store):
 
         :raises CocoaError: If the folder of shards or the shard's own does.
         """
-        refuse_foreign_index(self._folder, markers=(MARKER,))
-        refuse_foreign_index(self._shard_folder, markers=(CONFIG_FILE,))
+        refuse_foreign_index(self._folder, markers=(EDGE_MARKER,))
+        refuse_foreign_index(self._shard_folder, markers=(EDGE_COLLECTION,))
 
     def _require_room(self, needed: int) -> None:
         """Check that the disk has ``needed`` free bytes.

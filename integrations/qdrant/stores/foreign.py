@@ -7,7 +7,10 @@ from pathlib import Path
 from cocoa_embed.errors import CocoaError, printable
 
 LOCAL_META, LOCAL_LOCK, LOCAL_COLLECTION = "meta.json", ".cocoa-lock", "storage.sqlite"
+"""The client's list of collections; the first file in a new store, our lock, as the client takes its own only after it
+has read files that another process may be writing; the client's file in each collection."""
 EDGE_MARKER, EDGE_COLLECTION = ".cocoa-edge", "edge_config.json"
+"""In a folder of shards, locked while one is created in it; the engine's own file in each shard."""
 MARKERS = {"path": LOCAL_META, "edge": EDGE_MARKER}
 """The file that marks the folder of an index, by the keyword that opens it."""
 OWN_MARKERS = {"path": (LOCAL_LOCK, LOCAL_META), "edge": (EDGE_MARKER,)}

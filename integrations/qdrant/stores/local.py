@@ -29,11 +29,6 @@ from cocoa_embed.integrations.qdrant.stores.foreign import (
 from cocoa_embed.integrations.qdrant.stores.locks import folder_lock, in_use
 from cocoa_embed.integrations.qdrant.stores.options import CREATE_KEYS, StoreOptions
 
-META_FILE = LOCAL_META
-"""The client's list of collections; it marks a folder as a local store."""
-LOCK_FILE = LOCAL_LOCK
-"""The first file in a new store. The client takes its own lock only after it has read files that another process may
-be writing."""
 UNOPENABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, sqlite3.Error, pickle.PickleError)
 """What the client raises for broken files."""
 
@@ -120,8 +115,8 @@ class LocalStore(InMemoryStore):
 
     def _exists(self) -> bool:
         with self._readable_errors():
-            refuse_foreign_store(self._path)
-            return (self._path / META_FILE).is_file()
+            refuse_foreign_index(self._path, markers=OWN_MARKERS["path"])
+            return (self._path / LOCAL_META).is_file()
 
     def _connected(self) -> QdrantClient:
         if self._opened is None and not self._exists():
@@ -132,9 +127,9 @@ class LocalStore(InMemoryStore):
         """Return the client; it is opened, and the folder created, if needed."""
         if self._opened is None:
             with self._readable_errors(), contextlib.ExitStack() as stack:
-                refuse_foreign_store(self._path)
+                refuse_foreign_index(self._path, markers=OWN_MARKERS["path"])
                 self._path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(folder_lock(self._path / LOCK_FILE))
+                stack.enter_context(folder_lock(self._path / LOCAL_LOCK))
                 write_empty_meta(self._path)
                 # This class lets in one thread at a time, which SQLite's own check cannot know.
                 client = QdrantClient(path=str(self._path), force_disable_check_same_thread=True)
@@ -154,20 +149,12 @@ class LocalStore(InMemoryStore):
             raise CocoaError(f"the index {self.location} cannot be opened ({one_line(error)})") from error
 
 
-def refuse_foreign_store(path: Path) -> None:
-    """Refuse a file, and a folder that holds something other than a local store or the start of one.
-
-    :raises CocoaError: If it is one.
-    """
-    refuse_foreign_index(path, markers=OWN_MARKERS["path"])
-
-
 def write_empty_meta(path: Path) -> None:
     """Write the list of collections of a new store, because a client that is killed meanwhile leaves an empty file.
 
     :raises OSError: If it cannot be written.
     """
-    meta = path / META_FILE
+    meta = path / LOCAL_META
     if not meta.exists() or (meta.stat().st_size == 0 and not (path / "collection").exists()):
         write_atomically(meta, json.dumps({"collections": {}, "aliases": {}}))
 

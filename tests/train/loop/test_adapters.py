@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from stages import warmup_settings
+from stages import warmup_collator, warmup_model, warmup_settings
 from tiny_backbones import TINY_MAX_LENGTH, every_family
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,8 +20,6 @@ from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.adapters import add_adapter, prepare_trainable
 from cocoa_embed.train.settings import AdapterSettings, StageSettings
 from cocoa_embed.train.stages.rendering import render_items
-from cocoa_embed.train.stages.warmup.collator import WarmupCollator
-from cocoa_embed.train.stages.warmup.model import WarmupModel
 
 LANGUAGE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LANGUAGE += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -93,18 +91,18 @@ def test_the_projections_of_layers_and_blocks_are_adapted_and_nothing_else(
 
 @every_family
 def test_a_stage_trains_an_adapter_of_all_parts_and_merges_it(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
-    model, collator = WarmupModel(tiny_backbone.model, tiny_backbone.geometry), tiny_backbone.processor
+    model = warmup_model(tiny_backbone)
     settings = StageSettings.model_validate({"steps": 1, "batch_size": 2, "adapter": {"kind": "dora", "dropout": 0}})
     adapter = prepare_trainable(tiny_backbone.model, settings)
     assert adapter is not None
-    batch = WarmupCollator(collator, tiny_backbone.geometry, seed=0)(numbered(scene_rows[:2]))
+    batch = warmup_collator(tiny_backbone)(numbered(scene_rows[:2]))
     optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
     for _ in range(2):  # B is zero before the first step, and A has no gradient
         optimizer.zero_grad()
         model.train()(**batch)["loss"].backward()
         optimizer.step()
     assert all(weight.grad is not None and weight.grad.any() for weight in trained(model).values())
-    assert adapter.merge(render_items(collator, [scene_rows[0].query])) < 1e-3
+    assert adapter.merge(render_items(tiny_backbone.processor, [scene_rows[0].query])) < 1e-3
 
 
 def test_a_model_without_projections_is_refused(tiny_backbone: Backbone) -> None:
@@ -142,12 +140,11 @@ def test_gradients_reach_all_weights_of_the_adapter_in_float32_and_no_others(
 
 
 def test_the_pixel_decoder_is_trained_whole_beside_an_adapter(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
-    stage = WarmupModel(tiny_backbone.model, tiny_backbone.geometry)
+    stage = warmup_model(tiny_backbone)
     add_adapter(tiny_backbone.model, AdapterSettings())
     assert set(trained(stage.pixel_decoder)) == {name for name, _ in stage.pixel_decoder.named_parameters()}
     assert not adapted(stage.pixel_decoder)
-    collator = WarmupCollator(tiny_backbone.processor, tiny_backbone.geometry, seed=0)
-    stage(**collator(numbered(scene_rows[:4])))["loss"].backward()
+    stage(**warmup_collator(tiny_backbone)(numbered(scene_rows[:4])))["loss"].backward()
     assert all(value.grad is not None for value in trained(stage).values())
     assert tiny_backbone.model.lm_head.weight.grad is None
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from stages import warmup_collator, warmup_model
 from tiny_backbones import FAMILIES, every_family
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,8 +21,6 @@ from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages import reconstruction
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel
-from cocoa_embed.train.stages.warmup.collator import WarmupCollator
-from cocoa_embed.train.stages.warmup.model import WarmupModel
 
 LoadTiny = Callable[[str], Backbone]
 
@@ -39,8 +38,7 @@ def stage(**values: Any) -> StageSettings:
 def case(backbone: Backbone, rows: list[Row], *, images: bool) -> tuple[nn.Module, dict[str, Tensor]]:
     """A warm-up batch of images and texts, or a bridge batch of texts alone."""
     if images:
-        batch = WarmupCollator(backbone.processor, backbone.geometry, seed=0)(numbered(rows))
-        return WarmupModel(backbone.model, backbone.geometry).train(), batch
+        return warmup_model(backbone).train(), warmup_collator(backbone)(numbered(rows))
     texts = [replace(row, query=Item(text=row.positive.text)) for row in rows]
     batch = BridgeCollator(backbone.processor, seed=0)(numbered(texts))
     assert "pixel_values" not in batch

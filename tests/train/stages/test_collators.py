@@ -24,7 +24,7 @@ from cocoa_embed.train.stages.bridge.collator import LONG_TEXT_WORDS, BridgeColl
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings, Split
 from cocoa_embed.train.stages.bridge.stage import Bridge
 from cocoa_embed.train.stages.rendering import joined, render_items, text_tokens
-from cocoa_embed.train.stages.warmup.collator import WarmupCollator
+from cocoa_embed.train.stages.warmup.stage import WarmupCollator
 
 LONG_TEXT = "large red circle at top left and small blue ring at bottom right on white " * 20
 

@@ -15,9 +15,7 @@ from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.loop.trainer import StageContext
 from cocoa_embed.train.stages.losses import mae_loss, masked_token_loss
-from cocoa_embed.train.stages.warmup.collator import WarmupCollator
-from cocoa_embed.train.stages.warmup.model import WarmupModel
-from cocoa_embed.train.stages.warmup.stage import Warmup
+from cocoa_embed.train.stages.warmup.stage import Warmup, WarmupCollator, WarmupModel
 
 
 @pytest.fixture

@@ -14,6 +14,3 @@ class MocaSettings(JointSettings):
     text_mask_ratio: Ratio = 0.4
     image_mask_ratio: Ratio = 0.5
     mae_weight: Annotated[float, Field(ge=0)] = 0.1
-
-
-DEFAULTS = MocaSettings(steps=1, batch_size=1)

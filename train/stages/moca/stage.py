@@ -1,11 +1,57 @@
-"""MoCa's pre-training: its collator and its model."""
+"""MoCa's pre-training: what it masks, what replaces masked patches, and where a masked token is predicted."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Generator, Tensor, nn
+from transformers import PreTrainedModel
+
+from cocoa_embed.data.rows import Row
+from cocoa_embed.model.families.family import PatchGeometry
+from cocoa_embed.train.loop.batch_facts import Batch
+from cocoa_embed.train.stages.joint.collator import JointCollator
+from cocoa_embed.train.stages.joint.model import JointModel
 from cocoa_embed.train.stages.joint.stage import Joint
-from cocoa_embed.train.stages.moca.collator import MocaCollator
-from cocoa_embed.train.stages.moca.model import MocaModel
+from cocoa_embed.train.stages.losses import own_states
+from cocoa_embed.train.stages.masking import draw_uniform, share_noise
 from cocoa_embed.train.stages.moca.settings import MocaSettings
+from cocoa_embed.train.stages.rendering import ordinary_tokens
+
+
+@dataclass(frozen=True)
+class MocaCollator(JointCollator):
+    """Mask each text token and each visual token by itself, so that a row may have none masked, or all."""
+
+    settings: MocaSettings
+
+    def mask_tokens(self, batch: Batch, rows: Sequence[Row], generators: Sequence[Generator]) -> Tensor:
+        """Mask tokens of instructions and content alike."""
+        return draw_uniform(ordinary_tokens(batch, self.processor), generators) < self.settings.text_mask_ratio
+
+    def mask_images(self, exists: Tensor, generators: Sequence[Generator]) -> Tensor:
+        """Mask visual tokens one by one."""
+        return draw_uniform(exists, generators) < self.settings.image_mask_ratio
+
+    def fill(
+        self, pixel_values: Tensor, masked: Tensor, patches_per_image: Sequence[int], generators: Sequence[Generator]
+    ) -> Tensor:
+        """Fill all masked patches of a row with one patch of noise."""
+        return share_noise(pixel_values, masked, patches_per_image, generators)
+
+
+class MocaModel(JointModel):
+    """A masked token is predicted at its own position: ``loss = mlm + mae_weight * mae``.
+
+    The projection to patches follows the decoder's layer directly.
+    """
+
+    text_loss = "mlm_loss"
+    states_of = staticmethod(own_states)
+
+    def __init__(self, model: PreTrainedModel, geometry: PatchGeometry, settings: MocaSettings) -> None:
+        super().__init__(model, geometry, settings)
+        self.pixel_decoder.norm = nn.Identity()
 
 
 class Moca(Joint[MocaSettings]):

@@ -23,6 +23,3 @@ class WarmupSettings(JointSettings):
     image_mask_ratio: Ratio = 0.5
     patch_fill: PatchFill = "noise"
     mae_weight: Annotated[float, Field(ge=0)] = 0.5
-
-
-DEFAULTS = WarmupSettings(steps=1, batch_size=1)
