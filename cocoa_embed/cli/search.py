@@ -14,7 +14,7 @@ import typer
 
 from cocoa_embed.cli.options import MODEL_HELP, DeviceOption, Loading
 from cocoa_embed.cli.output import check_all, say, working
-from cocoa_embed.cli.serve import ServerKeyOption, naming_the_option, search_server
+from cocoa_embed.cli.serve import ServerKeyOption, search_server
 from cocoa_embed.cli.storage import FilterOption, Storage, check_storage, open_indexer
 from cocoa_embed.errors import CocoaError, ImageError, UsageError, printable, require
 
@@ -160,8 +160,7 @@ def query_image(image: str, allowed_hosts: Sequence[str]) -> Image:
 
     if image[:5].lower() == "data:":
         return load_image(image)
-    with naming_the_option():
-        return load_key(image, allowed_hosts)
+    return load_key(image, allowed_hosts)
 
 
 def report_hits(hits: Iterable[tuple[float, str, str]]) -> None:

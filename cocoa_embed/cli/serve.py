@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,7 +13,7 @@ import typer
 from cocoa_embed.cli.options import DeviceOption, MaxPixelsOption
 from cocoa_embed.cli.output import check_all, say, silence_libraries, working
 from cocoa_embed.cli.storage import ApiKeyOption, CollectionOption, Location, check_storage
-from cocoa_embed.errors import ImageError, require
+from cocoa_embed.errors import require
 from cocoa_embed.folders import DEFAULT_INDEX
 
 ServerKeyOption = Annotated[str | None, typer.Option(envvar="COCOA_API_KEY", help="The API key of cocoa-embed serve.")]
@@ -64,20 +63,6 @@ def serve(
         run.answer_requests(app, bound, partial(say, ready))
 
 
-@contextmanager
-def naming_the_option() -> Iterator[None]:
-    """Name the option that allows a host, where the error is that it is not allowed.
-
-    :raises ImageError: Instead of the one without the option.
-    """
-    try:
-        yield
-    except ImageError as error:
-        if not error.reason.endswith("allowed hosts"):
-            raise
-        raise ImageError(error.source, f"{error.reason}; allow it with --allow-host HOST") from error
-
-
 def search_server(
     server: str, api_key: str | None, image: str | None, allowed_hosts: Sequence[str], asked: dict[str, Any]
 ) -> dict[str, Any]:
@@ -92,8 +77,7 @@ def search_server(
     if image and image[:5].lower() != "data:":
         from cocoa_embed.sources.keys import read_key
 
-        with naming_the_option():
-            data = base64.b64encode(read_key(image, allowed_hosts)).decode("ascii")
+        data = base64.b64encode(read_key(image, allowed_hosts)).decode("ascii")
         image = f"data:application/octet-stream;base64,{data}"
     for side in ("like", "unlike"):
         asked[side] = [os.path.abspath(each) if os.path.lexists(each) else each for each in asked[side]]

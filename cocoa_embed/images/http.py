@@ -91,7 +91,10 @@ class Fetcher:
         hop = read_address(address)
         if not any(rule.allows(hop) for rule in self._rules):
             port = "" if hop.port == DEFAULT_PORTS[hop.scheme] else f":{hop.port}"
-            raise Refused(f"is on {hop.host}{port}, which is not among the allowed hosts")
+            raise Refused(
+                f"is on {hop.host}{port}, which is not among the allowed hosts; allow it with --allow-host HOST"
+                " (allowed_hosts= in Python)"
+            )
         return hop
 
     def _request(self, hop: Hop, end: float) -> bytes | str:

@@ -78,12 +78,7 @@ def load_source(source: ImageSource, allowed_hosts: Sequence[str]) -> ImageSourc
     """
     if not isinstance(source, str | Path) or str(source)[:5].lower() == "data:":
         return source
-    try:
-        return load_key(str(source), allowed_hosts)
-    except ImageError as error:
-        if not error.reason.endswith("allowed hosts"):
-            raise
-        raise ImageError(error.source, f"{error.reason}; give its host in allowed_hosts=[...]") from error
+    return load_key(str(source), allowed_hosts)
 
 
 def text_of(node: BaseNode) -> str:
