@@ -15,7 +15,8 @@ result of a shorter stage. Compute is counted in FLOPs of the training steps, wi
 reported beside it.
 
 ``--profile photos`` compares the stages on captioned photographs instead: contrastive pairs of 100, 1,000 and all
-images, with one caption or all, where warm-up and bridge see all captioned photographs or those of the pairs alone;
+images, with one caption or all, where warm-up and bridge see all captioned photographs or those of the pairs alone, and
+half of the bridge with more contrastive steps; ``--alone-learning-rate`` is that of contrastive learning alone;
 and, with ``--group settings``, what may make the bridge pay. Every held-out caption is a query. ``photos-full`` is for
 a GPU. ``--plan`` lists the arms with their hours; ``--arms`` and ``--images`` choose.
 

@@ -73,9 +73,9 @@ class PhotoGrid(Grid):
         if is_first:
             chains[NO_BRIDGE] = self.third(fraction, captions, start=self.warmup())
             chains[BRIDGE_ONLY] = self.third(fraction, captions, start=self.bridge(None))
+            chains[HALF] = self._half_of_the_bridge(fraction, captions)
             if self.has_moca:
-                chains[HALF] = self._half_of_the_bridge(fraction, captions)
-            chains[MOCA_ARM] = self.third(fraction, captions, start=self.moca())
+                chains[MOCA_ARM] = self.third(fraction, captions, start=self.moca())
             chains[NO_PAIRS] = self.bridge(self.warmup())
         at_step = {ALONE: self.sizes.contrastive_steps}
         return [
@@ -147,7 +147,9 @@ class PhotoGrid(Grid):
 
     def references(self, arm: Arm) -> list[Arm]:
         """Return the arms on the same data that an arm is compared with."""
-        others = (ALL_THREE,) if arm.group == "settings" else (ALONE, *((ALL_THREE,) if arm.name == MOCA_ARM else ()))
+        others = (ALL_THREE,) if arm.group == "settings" else (ALONE,)
+        if arm.name in (HALF, MOCA_ARM):
+            others += (ALL_THREE,)
         names = () if arm.name in (ALONE, EQUAL) else (EQUAL, *others)
         data = (arm.group, arm.fraction, arm.captions)
         same = [other for other in self.arms if (other.group, other.fraction, other.captions) == data]

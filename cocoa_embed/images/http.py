@@ -92,8 +92,8 @@ class Fetcher:
         if not any(rule.allows(hop) for rule in self._rules):
             port = "" if hop.port == DEFAULT_PORTS[hop.scheme] else f":{hop.port}"
             raise Refused(
-                f"is on {hop.host}{port}, which is not among the allowed hosts; allow it with --allow-host HOST"
-                " (allowed_hosts= in Python)"
+                f"is on {hop.host}{port}, which is not among the allowed hosts; allow it with --allow-host"
+                f" {hop.host}{port} (allowed_hosts= in Python)"
             )
         return hop
 

@@ -170,7 +170,7 @@ FROM_THE_WEB = [*BESIDE_AN_INDEX, "--image", "http://127.0.0.1/a.png"]
         (["load", "x", "--prefer-grpc"], "2 a local store (path) has no prefer_grpc"),
         (
             [*FROM_THE_WEB, "--allow-host", "a.example"],
-            "is on 127.0.0.1, which is not among the allowed hosts; allow it with --allow-host HOST",
+            "is on 127.0.0.1, which is not among the allowed hosts; allow it with --allow-host 127.0.0.1",
         ),
         (
             [*BESIDE_AN_INDEX, "--image", "nonsense://bucket/a.png"],

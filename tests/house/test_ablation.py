@@ -31,7 +31,7 @@ from arms.grid import (
     Sizes,
     StageRun,
 )
-from arms.photos import BRIDGE_ONLY, HALF, NO_PAIRS, ONLY_PAIRS, SETTINGS, PhotoGrid, PhotoSizes
+from arms.photos import BRIDGE_ONLY, FIRST, HALF, NO_PAIRS, ONLY_PAIRS, SETTINGS, PhotoGrid, PhotoSizes
 from arms.runner import jobs_of, outcome, run_jobs, score
 from arms.summary import SCORED, results_document, tables, values
 from arms.workspace import UserFolders, Workspace
@@ -138,9 +138,13 @@ def test_moca_is_compared_where_its_settings_fit(workspace: Workspace, grid: Gri
     assert workspace.has_moca
     assert not replace(workspace, settings=("eos_tokens=2",)).has_moca, "a mean is one vector"
     assert not replace(workspace, base="own-folder", settings=()).has_moca
-    names = {arm.name for arm in grid.arms}
-    without = replace(grid, flops_per_row={name: each for name, each in PER_ROW.items() if name != "moca"})
-    assert {arm.name for arm in without.arms} == names - {MOCA_ARM} != names
+    for whole in (grid, photo_grid()):
+        names = {arm.name for arm in whole.arms}
+        costs = {name: each for name, each in whole.flops_per_row.items() if name != "moca"}
+        assert {arm.name for arm in replace(whole, flops_per_row=costs).arms} == names - {MOCA_ARM} != names
+    found = replace(workspace, settings=("eos_tokens=2", "contrastive.batch_size=4")).grid(["stages"])
+    assert ALL_THREE in {arm.name for arm in found.arms}
+    assert not found.has_moca
 
 
 def test_variants_are_compared_after_equally_long_bridges() -> None:
@@ -243,6 +247,8 @@ def test_all_arms_on_the_same_photographs_have_the_same_compute_but_for_those_th
     for arm in grid.arms:
         equal = [other for other in grid.references(arm) if other.name == EQUAL]
         assert len(equal) == (arm.name not in (ALONE, EQUAL))
+        is_compared = arm.name in (HALF, MOCA_ARM) or (arm.group == "settings" and arm.name not in FIRST)
+        assert is_compared == (ALL_THREE in {other.name for other in grid.references(arm)}), arm.name
         if equal and arm.name not in ("twice the bridge", NO_BRIDGE, BRIDGE_ONLY, NO_PAIRS):
             slack = sum(grid.flops_per_step(stage, arm.fraction, arm.captions) for stage in BATCH_SIZES) / 2
             assert abs(grid.flops(arm) - grid.flops(equal[0])) <= slack, arm.name

@@ -125,7 +125,7 @@ def test_search_asks_a_server_as_it_would_an_index(
             (["--limit", "99999"], "2 " + url + ": limit: "),
             (["--like", "gone.png"], "1 " + url + ": collection 'images' in"),
             (["--image", "gone.png"], "1 gone.png: does not exist"),
-            (["--image", "http://127.0.0.1/a.png"], "not among the allowed hosts; allow it with --allow-host HOST"),
+            (["--image", "http://127.0.0.1/a.png"], "allowed hosts; allow it with --allow-host 127.0.0.1"),
             (["--model", "x"], "2 --server has its own model and index, and shows hits on its page; leave out --model"),
             (["--html", "x.html"], "leave out --html"),
             (["--collection", "images"], "leave out --collection"),

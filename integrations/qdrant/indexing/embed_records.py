@@ -93,7 +93,7 @@ def read_record(record: Record) -> tuple[Content, bytes]:
 
 @dataclass(kw_only=True)
 class PointStream:
-    """Makes points of records.
+    """Makes points of records; each is for one run.
 
     :param stored: Returns, of the ids of contents, those that have a point, with its payload. They are not embedded.
     :param on_stored: Called with each record whose content is stored, and not yielded.
