@@ -93,7 +93,7 @@ def _panels(document: Document) -> list[Callable[[Axes], None]]:
         ]
     for captions in sorted({arm["captions"] for arm in groups["photographs"]}, reverse=True):
         same = [arm for arm in groups["photographs"] if arm["captions"] == captions]
-        panels.append(partial(_photographs, arms=same, title=f"{captions:g} captions an image"))
+        panels.append(partial(_photographs, arms=same, title=f"{captions:g} caption{'s' * (captions != 1)} an image"))
     if arms := groups["mask ratio"]:
         panels.append(partial(_mask_ratios, arms=arms, detail=f"{many} pairs, {_bridge_steps(arms[0])} bridge steps"))
     return panels
