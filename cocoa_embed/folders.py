@@ -1,4 +1,4 @@
-"""Claim output folders, refuse folders that hold something else, and write files atomically."""
+"""The cache; claim output folders, refuse folders that hold something else, and write files atomically."""
 
 import os
 import shutil
@@ -14,6 +14,14 @@ RUN_MARKER = ".cocoa-run"
 
 SCRATCH_SUFFIX = ".new"
 """The suffix of a file that is not complete yet."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of what need not be found out again, which may not exist.
+
+    It is ``$COCOA_CACHE``, by default ``~/.cache/cocoa-embed``.
+    """
+    return Path(os.environ.get("COCOA_CACHE") or Path.home() / ".cache" / "cocoa-embed")
 
 
 def refuse_foreign_folder(folder: Path, *, marker: str) -> None:

@@ -43,7 +43,7 @@ def pytest_unconfigure() -> None:
 def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the cache of rows, and the copies that ``datasets`` makes of Parquet files, with the tests' own files."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COCOA_CACHE", str(tmp_path_factory.mktemp("rows")))
+        patch.setenv("COCOA_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cocoa_embed.folders import write_atomically
+from cocoa_embed.folders import cache_folder, write_atomically
 from cocoa_embed.model import fingerprint, loading
 
 ADAPTER_FILE = "adapter_config.json"
@@ -62,7 +61,7 @@ def describe(model: str | Path, options: Mapping[str, Any], load: Callable[[], D
 
 
 def remembered_in(model: str | Path, options: Mapping[str, Any]) -> Path | None:
-    """Return the file of a description, in ``$COCOA_CACHE`` or ``~/.cache/cocoa-embed``.
+    """Return the file of a description, in the cache.
 
     Its name is a digest of size, mtime and ctime of all files of the model, and of what else a description depends on.
 
@@ -82,8 +81,7 @@ def remembered_in(model: str | Path, options: Mapping[str, Any]) -> Path | None:
         files = []
     parts: list[object] = [str(folder.resolve()), given, [version(name) for name in SOFTWARE]]
     parts += states(*files, Path(fingerprint.__file__))
-    cache = Path(os.environ.get("COCOA_CACHE") or Path.home() / ".cache" / "cocoa-embed")
-    return cache / "models" / f"{hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()}.json"
+    return cache_folder() / "models" / f"{hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()}.json"
 
 
 def states(*files: Path) -> Iterator[list[object]]:

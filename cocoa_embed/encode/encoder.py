@@ -20,6 +20,7 @@ from PIL import Image
 from cocoa_embed.encode.description import Description
 from cocoa_embed.encode.jobs import EmbeddedImage, ModelInput, StreamSource
 from cocoa_embed.encode.processor_lock import ProcessorLock
+from cocoa_embed.encode.vectors import unit
 from cocoa_embed.errors import CocoaError, ImageError, UsageError, is_valid_unicode, one_line
 from cocoa_embed.images.load import ImageSource, load_image
 from cocoa_embed.model.fingerprint import model_fingerprint
@@ -296,9 +297,7 @@ class Encoder:
             embeddings = several[:, 0] if self._vectors == 1 else several[:, : self._vectors]
         if self._dimension is None or self._dimension == embeddings.shape[-1]:
             return embeddings
-        cut = embeddings[..., : self._dimension]
-        lengths = np.linalg.norm(cut, axis=-1, keepdims=True)
-        return cut / np.where(lengths == 0, 1, lengths)
+        return unit(embeddings[..., : self._dimension])
 
     def _check(self, inputs: Sequence[ModelInput]) -> None:
         """Refuse inputs of modalities that the model does not take, and texts that UTF-8 cannot encode."""

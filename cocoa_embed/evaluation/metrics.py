@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from cocoa_embed.encode.vectors import unit
+
 METRICS = ("recall@1", "recall@5", "recall@10", "hit@1", "hit@5", "hit@10", "mrr", "ndcg@10")
 """The metrics of pairs, in the order of their columns."""
 
@@ -23,17 +25,11 @@ def cosine_similarities(queries: NDArray[np.floating], documents: NDArray[np.flo
     :param documents: float ``[documents, dimension]``, or ``[documents, vectors, dimension]``.
     :returns: float64 ``[queries, documents]``, in [-1, 1].
     """
-    queries, documents = _unit(queries), _unit(documents)
+    queries, documents = unit(queries.astype(np.float64)), unit(documents.astype(np.float64))
     if queries.ndim == 2:
         return np.round(queries @ documents.T, DECIMALS)
     best = np.stack([np.tensordot(each, documents, (1, 2)).max(axis=2) for each in queries.swapaxes(0, 1)])
     return np.round(best.mean(axis=0), DECIMALS)
-
-
-def _unit(vectors: NDArray[np.floating]) -> NDArray[np.float64]:
-    doubles = vectors.astype(np.float64)
-    lengths = np.linalg.norm(doubles, axis=-1, keepdims=True)
-    return doubles / np.where(lengths == 0, 1.0, lengths)
 
 
 def ranks_of_relevant(similarities: NDArray[np.floating], relevant: NDArray[np.integer]) -> NDArray[np.int64]:

@@ -9,13 +9,14 @@ from functools import cache
 from pathlib import Path
 
 from cocoa_embed.errors import one_line, printable
+from cocoa_embed.folders import cache_folder
 
 logger = logging.getLogger(__name__)
 
 
-def cache_folder() -> Path:
-    """Return the folder, which may not exist: ``$COCOA_CACHE``, by default ``~/.cache/cocoa-embed/rows``."""
-    return Path(os.environ.get("COCOA_CACHE") or Path.home() / ".cache" / "cocoa-embed" / "rows")
+def rows_folder() -> Path:
+    """Return the folder, which may not exist."""
+    return cache_folder() / "rows"
 
 
 def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:

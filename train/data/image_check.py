@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from cocoa_embed.data.rows import ItemImage
 from cocoa_embed.errors import ImageError, printable
 from cocoa_embed.images.load import MAX_IMAGE_BYTES, image_size
-from cocoa_embed.train.data.cache import cache_folder, replace_atomically, warn_without_cache
+from cocoa_embed.train.data.cache import replace_atomically, rows_folder, warn_without_cache
 from cocoa_embed.train.data.row_table import RowTable, digest, image_id
 from cocoa_embed.train.data.rows import check_aspect_ratio, load_row_image
 
@@ -86,7 +86,7 @@ class ImageCheck:
         self.checked = np.zeros(0, np.int64)
         self.faults: dict[int, str] = {}
         try:
-            found = np.load(cache_folder() / CACHE_FILE, mmap_mode="r")
+            found = np.load(rows_folder() / CACHE_FILE, mmap_mode="r")
         except (OSError, ValueError, EOFError):  # there is none yet, or it is broken
             return
         if found.dtype == RECORD:
@@ -151,7 +151,7 @@ class ImageCheck:
             return
         self.known = merged
         try:
-            replace_atomically(cache_folder() / CACHE_FILE, lambda path: np.save(path, merged))
+            replace_atomically(rows_folder() / CACHE_FILE, lambda path: np.save(path, merged))
         except OSError as error:
             warn_without_cache(error)
 

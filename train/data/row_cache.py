@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import one_line, printable
-from cocoa_embed.train.data.cache import cache_folder, replace_atomically, warn_without_cache
+from cocoa_embed.train.data.cache import replace_atomically, rows_folder, warn_without_cache
 from cocoa_embed.train.data.row_table import FORMAT_VERSION, RowTable
 from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.data.sources import read_subset, source_version
@@ -69,7 +69,7 @@ def read_sources(sources: Mapping[str, SourceSettings]) -> SourceRows:
 
     :raises CocoaError: If a source cannot be read.
     """
-    folder = cache_folder() / _key(sources)
+    folder = rows_folder() / _key(sources)
     try:
         return _open(folder)
     except (FileNotFoundError, NotADirectoryError):

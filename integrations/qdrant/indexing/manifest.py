@@ -6,7 +6,6 @@ It only saves work: without it, a run reads more, and its result is the same.
 from __future__ import annotations
 
 import hashlib
-import os
 import sqlite3
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import PIL
 
 from cocoa_embed import __version__
+from cocoa_embed.folders import cache_folder
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS shards (key TEXT PRIMARY KEY, version TEXT, records INTEGER, points INTEGER);
@@ -51,12 +51,11 @@ class Fault(NamedTuple):
 
 
 def manifest_file(collection: str) -> Path:
-    """Return the file for a collection: in ``$COCOA_CACHE``, by default ``~/.cache/cocoa-embed``.
+    """Return the file for a collection, in the cache.
 
     :param collection: Names the collection and where it is.
     """
-    folder = Path(os.environ.get("COCOA_CACHE") or Path.home() / ".cache" / "cocoa-embed")
-    return folder / "collections" / f"{hashlib.blake2b(collection.encode(), digest_size=12).hexdigest()}.sqlite"
+    return cache_folder() / "collections" / f"{hashlib.blake2b(collection.encode(), digest_size=12).hexdigest()}.sqlite"
 
 
 class Manifest:

@@ -18,6 +18,7 @@ from PIL import Image
 from qdrant_client import models
 
 from cocoa_embed.encode.encoder import ModelInput, make_input
+from cocoa_embed.encode.vectors import unit
 from cocoa_embed.errors import CocoaError, UsageError, printable
 from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.qdrant.points import storable
@@ -313,12 +314,6 @@ def combine(query: np.ndarray | None, examples: Examples, vectors: int = 1) -> n
     if unlike:
         mean = 2 * mean - np.mean([unit(np.asarray(vector)) for vector in unlike], axis=0)
     return unit(mean)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Return vectors of length 1 in the same direction; zero stays zero."""
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.where(lengths == 0, 1, lengths)
 
 
 def without(query_filter: models.Filter | None, examples: Examples) -> models.Filter | None:

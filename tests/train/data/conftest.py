@@ -8,4 +8,4 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of rows and images of its own."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("COCOA_CACHE", str(folder))
-    return folder
+    return folder / "rows"

@@ -124,7 +124,7 @@ def test_an_interrupted_check_keeps_what_it_has_found(
 def test_a_cache_that_cannot_be_used_is_no_obstacle(
     images: dict[str, ItemImage], cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache.mkdir()
+    cache.mkdir(parents=True)
     (cache / image_check.CACHE_FILE).write_bytes(b"no array")
     assert len(check([images["wide.png"]]).sizes) == 1
     monkeypatch.setenv("COCOA_CACHE", str(images["text.png"]))
