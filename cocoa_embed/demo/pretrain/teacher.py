@@ -25,7 +25,8 @@ from cocoa_embed.train.data.rows import Draw
 from cocoa_embed.train.stages.rendering import batched
 
 FORM = "it has to map pixels [n, 3, S, S] (0 to 1, float32), for any n, to features [n, channels, h, w]"
-IMAGES_AT_ONCE = 64
+IMAGES_AT_ONCE = 8
+"""On a CPU, a feature map of 64 images takes twice as long an image: its memory is fetched anew each time."""
 IMAGES_FOR_COMPONENTS = 1024
 """Images whose features the principal components are of."""
 
