@@ -92,5 +92,5 @@ def report_summary(summary: IndexSummary) -> None:
     counts = ", ".join(f"{values[name]} {name}" for name in ("indexed", "unchanged", "updated", "replaced", "pruned"))
     rate = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s"
     say(f"{summary.collection}: {counts}, {len(summary.failed)} left out ({rate})")
-    say_passed_over(summary.skipped_reasons)
+    say_passed_over(summary.passed_over)
     say_left_out(summary.failed)

@@ -43,8 +43,8 @@ def test_index_then_search_as_json(command: Command, pictures: Path) -> None:
     done = command("index", pictures, "--model", "fake", "--json")
     summary = done.document()
     assert list(summary) == [
-        "collection", "indexed", "unchanged", "updated", "replaced", "pruned", "failed", "skipped",
-        "skipped_reasons", "seconds", "images_per_second"
+        "collection", "indexed", "unchanged", "updated", "replaced", "pruned", "failed", "passed_over",
+        "seconds", "images_per_second"
     ]  # fmt: skip
     assert (summary["indexed"], summary["unchanged"], summary["failed"]) == (3, 0, [])
     assert "hello" in done.err
@@ -105,8 +105,8 @@ def test_what_is_passed_over_is_counted_with_exit_status_0(
     words = ("index", pictures, "--model", "fake", "--exclude", "drafts/", "--exclude", "*.GIF", "--json")
     code, out, err = command(*words)
     summary = json.loads(out)
-    assert (code, summary["indexed"], summary["failed"], summary["skipped"]) == (0, 3, [], 3)
-    assert summary["skipped_reasons"] == {"companion of another file": 1, "system folder": 1, "excluded": 1}
+    assert (code, summary["indexed"], summary["failed"]) == (0, 3, [])
+    assert summary["passed_over"] == {"companion of another file": 1, "system folder": 1, "excluded": 1}
     (line,) = (line for line in err.splitlines() if line.startswith("passed over: "))
     parts = line.removeprefix("passed over: ").split(", ")
     assert sorted(parts) == ["1 companion of another file", "1 excluded", "1 system folder"]

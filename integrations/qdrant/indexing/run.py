@@ -57,10 +57,9 @@ class IndexSummary:
     """Images that no longer exist and were removed from the index; without ``prune`` none are."""
     failed: list[dict[str, str]]
     """Images that could not be used, and places that were not pruned, as ``{"path", "reason"}``."""
-    skipped: int
-    """Files and folders that were passed over."""
-    skipped_reasons: dict[str, int]
-    """Their numbers by the reason: ``system folder``, ``companion of another file``, ``cache``, ``excluded``."""
+    passed_over: dict[str, int]
+    """How many files and folders were passed over, by the reason: ``system folder``, ``companion of another file``,
+    ``cache``, ``excluded``."""
     seconds: float
     """Without loading the model."""
     images_per_second: float
@@ -186,8 +185,7 @@ class IndexRun:
             replaced=self.counts["replaced"],
             pruned=self.pruned,
             failed=sorted(self.failed, key=lambda failure: failure["path"]),
-            skipped=self.passed_over.total(),
-            skipped_reasons=dict(self.passed_over),
+            passed_over=dict(self.passed_over),
             seconds=seconds,
             images_per_second=self.embedded / seconds,
         )
