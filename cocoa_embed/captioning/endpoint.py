@@ -94,7 +94,7 @@ class EndpointWriter:
     def _post(self, document: dict[str, Any]) -> Answer:
         try:
             response = self._client.post(self._url, json=document)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise NoAnswerError(f"{self._url} does not answer ({one_line(error)})", wait=0) from error
         if response.status_code != 200:
             raise self._failure(response)

@@ -1,6 +1,7 @@
 """What is asked about an image, and what of an answer is used."""
 
 import re
+import string
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple, Protocol
@@ -14,11 +15,16 @@ from cocoa_embed.errors import CocoaError
 QUESTIONS = "questions"
 """The name of the prompt for question-answer pairs, beside those of captions."""
 
-_ASKED, _ANSWERED = (rf"^[\W\d]*{word}[ \d]*\W*?:[\s*]*" for word in ("Q(?:uestion)?", "A(?:nswer)?"))
+# No repetition can go on where the one before it ends: an answer may be thousands of line ends, which would take hours.
+_SIGNS = r"(?:[^\w\n]|\d)*"
+_ASKED, _ANSWERED = (rf"^(?:{_SIGNS}\n)*{_SIGNS}{word}{_SIGNS}?:[\s*]*" for word in ("Q(?:uestion)?", "A(?:nswer)?"))
 PAIR = re.compile(
-    rf"{_ASKED}(?P<question>.+?)[\s*]*{_ANSWERED}(?P<answer>.+?)[\s*]*(?={_ASKED}|\Z)", re.M | re.S | re.I
+    rf"{_ASKED}(?P<question>[^\s*].*?){_ANSWERED}(?P<answer>[^\s*].*?)(?={_ASKED}|\Z)", re.M | re.S | re.I
 )
-"""Matches a question and its answer: ``Q: ...``, ``A: ...``, with the numbers and the emphasis that models add."""
+"""Matches a question and its answer: ``Q: ...``, ``A: ...``, with the numbers and the emphasis that models add.
+
+Both may end in spaces and asterisks.
+"""
 
 WHOLE_SENTENCES = re.compile(r".*(?:[.!?](?=\s)|[。！？])|", re.DOTALL)
 
@@ -103,7 +109,7 @@ class Prompts(BaseModel):
 
     def requests(self, wordings: int, questions: int, label: str | None, are_followed: bool) -> list[Request]:
         """Return what is asked about an image; wordings beyond the prompts, or if they are not followed, are drawn."""
-        before = "" if label is None else self.label.format(label=label)
+        before = "" if label is None else self.label.format(label=valid_unicode(label))
         prompts = [*self.captions.items()][: None if are_followed else 1]
         wanted = [Request(*prompts[i % len(prompts)], is_drawn=i >= len(prompts)) for i in range(wordings)]
         wanted += [Request(QUESTIONS, self.questions.format(count=questions))] * bool(questions)
@@ -119,13 +125,14 @@ class Prompts(BaseModel):
         questions: dict[str, dict[str, str]] = {}
         unusable = []
         for request, answer in zip(requests, answers, strict=True):
-            text = answer.text.encode("utf-8", "ignore").decode().strip()  # JSON may hold half a surrogate pair
+            text = valid_unicode(answer.text).strip()
             pairs = [match.groupdict() for match in PAIR.finditer(text)][: -1 if answer.is_cut else None]
             if answer.is_refused or self._is_refusal(text):
                 unusable.append(f"{request.name}: refused: {shortened(text)}")
             elif request.name == QUESTIONS and pairs:
                 for pair in pairs:
-                    questions.setdefault(_same(pair["question"]), {name: _line(each) for name, each in pair.items()})
+                    texts = {name: _line(each.rstrip(string.whitespace + "*")) for name, each in pair.items()}
+                    questions.setdefault(_same(pair["question"]), texts)
             elif request.name != QUESTIONS and _same(text := _line(_whole(text) if answer.is_cut else text)):
                 captions.setdefault(_same(text), (text, request.name))
             else:
@@ -136,6 +143,11 @@ class Prompts(BaseModel):
     def _is_refusal(self, text: str) -> bool:
         beginning = text.replace("’", "'").lstrip("\"'*")
         return any(re.match(refusal, beginning, re.IGNORECASE) for refusal in self.refusals)
+
+
+def valid_unicode(text: str) -> str:
+    """Return a text without halves of surrogate pairs, which JSON may hold and nothing sends or writes."""
+    return text.encode("utf-8", "ignore").decode()
 
 
 def _whole(text: str) -> str:

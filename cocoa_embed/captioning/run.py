@@ -5,15 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from cocoa_embed.captioning.prompts import NoAnswerError, Prompts, Request, Writer
-from cocoa_embed.data.image_folder import METADATA_FILE, DescribedImage, metadata_file, read_metadata
+from cocoa_embed.data.image_folder import (
+    METADATA_FILE,
+    DescribedImage,
+    metadata_file,
+    read_metadata,
+    read_text,
+    text_beside,
+)
 from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import CocoaError, ImageError, RowError, one_line, printable
 from cocoa_embed.folders import refuse_checkpoint, refuse_foreign_folder, write_atomically
@@ -34,7 +42,7 @@ class Picture(NamedTuple):
     """An image: its path from the output folder, and the longest text that its own folder has of it, if any.
 
     :param rows: Its rows in the metadata there, and the texts' file.
-    :param state: What a change of the image or of the settings changes; texts of another state are not used.
+    :param state: Size, mtime, text and settings; an entry with another state is not used.
     """
 
     path: Path
@@ -118,21 +126,31 @@ class CaptionRun:
         :raises CocoaError: If the writer fails for any image, ``FAILURES_IN_A_ROW`` images have no answer, or ``out``
             cannot be written.
         """
-        try:
+        with self._writing():
             self.out.mkdir(parents=True, exist_ok=True)
-            journal = (self.out / JOURNAL).open("ab+")
-        except OSError as error:
-            name = printable(self.out)
-            raise CocoaError(f"{name} cannot be written ({error.strerror}); give another --out.") from error
+            journal = (self.out / JOURNAL).open("ab+", buffering=0)
         with journal:
-            journal.seek(0)
-            journal.truncate(journal.read().rfind(b"\n") + 1)  # without the half of a line that a kill has left
+            with self._writing():
+                # Without the half of a line that a kill has left.
+                journal.seek(0)
+                journal.truncate(journal.read().rfind(b"\n") + 1)
             try:
                 yield from self._caption(journal)
             finally:
-                self._write_metadata()
+                with self._writing():
+                    self._write_metadata()
 
-    def _caption(self, journal: BinaryIO) -> Iterator[int]:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CocoaError(
+                f"{printable(self.out)} cannot be written ({error.strerror}); give another --out, or mend that: the "
+                "same command goes on with what is captioned there."
+            ) from error
+
+    def _caption(self, journal: FileIO) -> Iterator[int]:
         remaining, in_a_row, threads = iter(self.remaining), 0, self.writer.threads
         batches = iter(lambda: list(islice(remaining, self.writer.images_at_once)), [])
         for batch, future in read_ahead(self._write_texts, batches, workers=threads, ahead=threads):
@@ -143,8 +161,10 @@ class CaptionRun:
                 else:
                     entry = {"file_name": picture.file_name, "state": picture.state, **texts}
                     self._entries[picture.file_name] = entry
-                    journal.write(json.dumps(entry).encode() + b"\n")
-                    journal.flush()
+                    line = json.dumps(entry).encode() + b"\n"
+                    with self._writing():
+                        while line:  # a disk that is nearly full takes a part of it
+                            line = line[journal.write(line) :]
                 if in_a_row == FAILURES_IN_A_ROW:
                     raise CocoaError(
                         f"{in_a_row} images in a row have no answer: {texts}. What is captioned is kept in "
@@ -165,26 +185,26 @@ class CaptionRun:
                 faults = [{"path": str(picture.path), "reason": reason} for reason in entry["unusable"]]
                 (unusable if entry["captions"] else self.failed).extend(faults)
                 written += [self._row(picture, entry)] if entry["captions"] else []
-        lines = (json.dumps(row, default=str) + "\n" for row in kept + written)
-        write_atomically(self.out / METADATA_FILE, "".join(lines))
+        write_atomically(self.out / METADATA_FILE, "".join(f"{_json(row)}\n" for row in kept + written))
         counts = {key: sum(len(row[key]) for row in written) for key in ("captions", "questions")}
         counts |= {"captioned": len(written), "kept": sum(map(self._is_kept, self.pictures))}
         self.summary = {"out": str(self.out), **counts, "failed": self.failed, "unusable": unusable}
 
     def _find_pictures(self) -> Iterator[Picture]:
         metadata = metadata_file(self.folder)
-        described = defaultdict[Path, list[DescribedImage]](list)
-        for image in read_metadata(metadata or self.folder):
-            if not isinstance(image, RowError):
-                described[image.path].append(image)
-            elif metadata is not None:
-                self.failed.append({"path": image.source, "reason": image.reason})
-        paths = dict.fromkeys([*(path.absolute() for path in find_images([self.folder])), *described])
-        if not paths:
+        described: dict[Path, list[DescribedImage]] = {path.absolute(): [] for path in find_images([self.folder])}
+        for row in () if metadata is None else read_metadata(metadata):
+            if isinstance(row, RowError):
+                self.failed.append({"path": row.source, "reason": row.reason})
+            else:
+                described.setdefault(row.path, []).append(row)
+        if not described:
             raise CocoaError(f"{printable(self.folder)} holds no images; give a folder of images.")
+        if metadata is None:
+            described = self._read_texts(described)
         settings = json.dumps([self.writer.name, self.wordings, self.questions, self.prompts.model_dump()])
         version = hashlib.sha256(settings.encode()).hexdigest()[:16]
-        for path in paths:
+        for path, images in described.items():
             try:
                 stat = path.stat()
             except OSError as error:  # a link to nowhere
@@ -193,11 +213,24 @@ class CaptionRun:
             file_name = os.path.relpath(path, self.out.resolve())
             rows = [
                 {"file_name": file_name, "caption_source": str(metadata or image.source), **image.others, "text": text}
-                for image in described[path]
+                for image in images
                 for text in image.wordings[:1] or [""]
             ]
             text = max((row["text"] for row in rows), key=_words, default="").strip() or None
             yield Picture(path, file_name, text, rows, [stat.st_size, stat.st_mtime_ns, text, version])
+
+    def _read_texts(self, paths: Iterable[Path]) -> dict[Path, list[DescribedImage]]:
+        """Return images with the text files beside them, but none whose file cannot be read: its text is not lost."""
+        described: dict[Path, list[DescribedImage]] = {}
+        for path in paths:
+            beside = text_beside(path)
+            try:
+                text = None if beside is None else read_text(beside)
+            except RowError as error:
+                self.failed.append({"path": error.source, "reason": error.reason})
+                continue
+            described[path] = [] if text is None else [DescribedImage(printable(str(beside)), path, {"text": text})]
+        return described
 
     def _is_kept(self, picture: Picture) -> bool:
         return picture.text is not None and _words(picture.text) >= self.replace_below
@@ -239,6 +272,11 @@ class CaptionRun:
             "caption_source": self.writer.name,
             "caption_prompts": [*entry["captions"].values()] if self.writer.follows_prompts else [],
         }
+
+
+def _json(row: dict[str, Any]) -> str:
+    """Return a row as JSON, which has no dates and no numbers that are not finite: these become texts and null."""
+    return json.dumps(json.loads(json.dumps(row, default=str), parse_constant=lambda _: None))
 
 
 def _words(text: str) -> int:

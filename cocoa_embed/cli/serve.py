@@ -70,9 +70,9 @@ def search_server(
 
     :param image: As ``--image`` takes it.
     :param asked: The other fields of the search; examples that are files here are named by their absolute paths.
-    :raises CocoaError: If the image cannot be read, or the server does not answer.
+    :raises CocoaError: If the image cannot be read, the key cannot be sent, or the server does not answer.
     """
-    from cocoa_embed.serve.client import post
+    from cocoa_embed.serve.client import post_search
 
     if image and image[:5].lower() != "data:":
         from cocoa_embed.sources.keys import read_key
@@ -81,4 +81,4 @@ def search_server(
         image = f"data:application/octet-stream;base64,{data}"
     for side in ("like", "unlike"):
         asked[side] = [os.path.abspath(each) if os.path.lexists(each) else each for each in asked[side]]
-    return post(server, "/search", {**asked, "image": image}, api_key)
+    return post_search(server, {**asked, "image": image}, api_key)

@@ -65,7 +65,8 @@ def remembered_in(model: str | Path, options: Mapping[str, Any]) -> Path | None:
 
     Its name is a digest of size, mtime and ctime of all files of the model, and of what else a description depends on.
 
-    :returns: None for a model that depends on more than its own files: an adapter, code of the hub, other options.
+    :returns: None for a model that depends on more than the files in its folder: an adapter, a linked folder, code of
+        the hub, other options.
     """
     given = {name: value for name, value in options.items() if value and name not in HARMLESS}
     if given.keys() - {"dtype", "revision", "max_pixels"}:
@@ -74,9 +75,10 @@ def remembered_in(model: str | Path, options: Mapping[str, Any]) -> Path | None:
     folder = local if local.is_dir() else snapshot_folder(str(model), given.get("revision"))
     if folder is None:
         return None
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    if any(file.name == ADAPTER_FILE for file in files):
+    entries = sorted(folder.rglob("*"))  # which does not enter linked folders
+    if any(entry.name == ADAPTER_FILE or (entry.is_symlink() and entry.is_dir()) for entry in entries):
         return None
+    files = [entry for entry in entries if entry.is_file()]
     if folder is not local:  # a snapshot never changes, but may get more files when the model is loaded
         files = []
     parts: list[object] = [str(folder.resolve()), given, [version(name) for name in SOFTWARE]]

@@ -160,6 +160,8 @@ class DeviceEncoder(DeferredEncoder):
     ) -> Iterator[tuple[Key, EmbeddedImage | ImageError]]:
         """Embed images as ``Encoder.stream_images`` does, in the order given, on all devices.
 
+        An error of ``images`` is raised after all images before it are yielded.
+
         :raises CocoaError: If a process ends, or the model does not embed images.
         """
         self.require_images()
@@ -172,7 +174,15 @@ class DeviceEncoder(DeferredEncoder):
             answers = processes.ask("stream_images", self._wanted, (named,), options)
             return answers
 
-        lanes, chunks = len(processes.lanes), cut(images, CHUNK_BATCHES * batch_size)
+        errors: list[Exception] = []
+
+        def given() -> Iterator[tuple[Key, StreamSource]]:
+            try:
+                yield from images
+            except Exception as error:  # noqa: BLE001 - raised below
+                errors.append(error)
+
+        lanes, chunks = len(processes.lanes), cut(given(), CHUNK_BATCHES * batch_size)
         with closing(read_ahead(embed, chunks, workers=lanes, ahead=lanes)) as embedded:
             try:
                 for chunk, outcomes in embedded:
@@ -180,6 +190,8 @@ class DeviceEncoder(DeferredEncoder):
             except BaseException:
                 self.close()  # or the threads would wait for the chunks that are being embedded
                 raise
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
         """End the processes; the next use starts them again."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, islice, starmap
@@ -140,14 +140,14 @@ class MmebFolder:
         digest = hashlib.sha256(repr((rows_in_data, len(queries.items), content, numbers)).encode()).hexdigest()
         return SubsetData(name, list(queries.items), list(targets.items), rows, rows_in_data, merged, digest)
 
-    def _image_status(self, name: str, items: Iterable[Item]) -> list[tuple[int, int] | None]:
+    def _image_status(self, name: str, items: Sequence[Item]) -> list[tuple[int, int] | None]:
         """Return the size and the modification time of each item's image; None for items without one."""
         files = [None if item.image is None else self.images / str(item.image) for item in items]
-        missing = list(dict.fromkeys(file for file in files if file and not file.is_file()))
+        found = zip(items, files, strict=True)
+        missing = list(dict.fromkeys(str(item.image) for item, file in found if file and not file.is_file()))
         if missing:
-            first = str(missing[0].relative_to(self.images))
             raise CocoaError(
-                f"{len(missing)} images of {name} are not in {printable(self.images)}, the first is {first!r};"
+                f"{len(missing)} images of {name} are not in {printable(self.images)}, the first is {missing[0]!r};"
                 " get them, or give the folder of these paths as --images"
             )
         status = (None if file is None else file.stat() for file in files)

@@ -33,7 +33,7 @@ def read_pairs(
     """Read pairs.
 
     :param data: An image folder, or a ``.jsonl``, ``.csv`` or ``.parquet`` file. A text's cell may hold a list of
-        texts, each of which makes a pair.
+        texts (in a CSV file as JSON), each of which makes a pair.
     :param images: The folder of a table's relative image paths; by default that of the table.
     :param columns: The column of ``query_text``, ``query_image``, ``positive_text`` and ``positive_image``; by default
         as in ``map_columns``.
@@ -68,7 +68,7 @@ def _table_pairs(data: Path, images: Path, columns: Mapping[str, str] | None) ->
     reader = RowReader(mapping, images)
     texts = [mapping[part] for part in ("query_text", "positive_text") if part in mapping]
     first: dict[bytes, ArrowImage] = {}
-    for source, values in table.read(set(mapping.values())):
+    for source, values in table.read(set(mapping.values()), lists=texts):
         if isinstance(values, RowError):
             raise values
         for each in _single_texts(values, texts):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import anyio
 import numpy as np
@@ -21,7 +21,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from cocoa_embed.cpu_threads import available_cores
-from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.encode.encoder import Encoder, ModelInput
 from cocoa_embed.errors import CocoaError, ImageError, UsageError
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.integrations.qdrant.points import plain_payload
@@ -32,7 +32,17 @@ from cocoa_embed.serve.facets import SAMPLE, make_facets
 from cocoa_embed.serve.guard import Guard, error_response
 from cocoa_embed.serve.limits import BusyError, Limits, PixelBudget
 from cocoa_embed.serve.pictures import Pictures
-from cocoa_embed.serve.requests import EmbeddingRequest, SearchRequest, check, decoded, read_json, read_search
+from cocoa_embed.serve.requests import (
+    EmbeddingRequest,
+    Item,
+    SearchRequest,
+    check,
+    count_pixels,
+    decoded,
+    in_batches,
+    read_json,
+    read_search,
+)
 
 PAGE = Path(__file__).with_name("page")
 """The folder of the page's files."""
@@ -46,6 +56,7 @@ SIZES = (16, 1024)
 STATUS = {UsageError: 400, NotIndexedError: 404, ImageError: 422, BusyError: 503, CocoaError: 503}
 
 Answer = TypeVar("Answer")
+Embed: TypeAlias = Callable[[Sequence[ModelInput]], np.ndarray]
 
 
 class Api:
@@ -123,7 +134,9 @@ class Api:
     def _search(self, asked: SearchRequest) -> list[Hit]:
         options = asked.model_dump(exclude={"text", "image", "filters"})
         query = [] if asked.text is None and asked.image is None else [(asked.text, asked.image)]
-        with decoded(query, self._budget, self.batches.visual_tokens, 9 if asked.any_orientation else 1) as inputs:
+        pixels = 0 if asked.image is None else count_pixels(asked.image, self.batches.visual_tokens)
+        copies = 9 if asked.any_orientation else 2  # the picture, and those that the indexer makes of it
+        with decoded(query, copies * pixels, self._budget) as inputs:
             given = inputs[0] if inputs else {}
             return self.indexer.search(**given, **options, query_filter=asked.filters)  # type: ignore[arg-type]
 
@@ -132,15 +145,20 @@ class Api:
         embed = encoder.embed_queries if asked.input_type == "query" else encoder.embed_documents
         items, vectors, tokens = asked.items(), [], 0
         deadline = time.monotonic() + self._limits.seconds
-        for start in range(0, len(items), BATCH_ITEMS):
+        for batch, pixels in in_batches(items, BATCH_ITEMS, self._limits.pixels, self.batches.visual_tokens):
             if time.monotonic() > deadline:
                 raise BusyError(
                     f"the model had no time for {len(items)} inputs within {self._limits.seconds:g} seconds"
                 )
-            with decoded(items[start : start + BATCH_ITEMS], self._budget, self.batches.visual_tokens) as inputs:
-                vectors.append(embed(inputs))
-                tokens += self.batches.count_tokens(inputs)
+            embeddings, count = self._embed_batch(embed, batch, pixels)
+            vectors.append(embeddings)
+            tokens += count
         return np.concatenate(vectors), tokens
+
+    def _embed_batch(self, embed: Embed, batch: Sequence[Item], pixels: int) -> tuple[np.ndarray, int]:
+        """Return embeddings and the number of tokens; no picture stays in memory after it."""
+        with decoded(batch, pixels, self._budget) as inputs:
+            return embed(inputs), self.batches.count_tokens(inputs)
 
     async def _picture(self, request: Request, tag: str, draw: Callable[[], tuple[bytes, str]]) -> Response:
         """Answer a picture of a point, or that the browser has it: a point's content never changes."""

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # in Python 3.10 not the built-in one
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from cocoa_embed.errors import CocoaError, UsageError, one_line
 from cocoa_embed.serve.limits import BusyError
 
 BATCH_ITEMS = 32
-"""The most inputs in a batch, and the most of one request that wait at once, so that a long one lets others pass."""
+"""The most inputs in a batch. A request queues no more at once, so that others get their turn."""
 
 
 class Job(NamedTuple):
@@ -71,7 +72,7 @@ class Batches:
                 self._changed.notify()
             try:
                 embeddings += [job.embedding.result(deadline - time.monotonic()) for job in jobs]
-            except TimeoutError:
+            except FutureTimeoutError:
                 raise BusyError(f"the model had no time for this within {self._seconds:g} seconds; try again") from None
             finally:
                 for job in jobs:
@@ -96,8 +97,9 @@ class Batches:
         return self.visual_tokens(*image.size) if isinstance(image, Image.Image) else 1
 
     def _run(self) -> None:
-        while (batch := self._next_batch()) is not None:
+        for batch in iter(self._next_batch, None):
             self._embed_together([job for job in batch if job.embedding.set_running_or_notify_cancel()])
+            del batch  # or its pictures would stay in memory while the next inputs are waited for
 
     def _next_batch(self) -> list[Job] | None:
         """Wait for inputs and take the first, with all others that fit in a batch with it; None at the end."""

@@ -9,19 +9,22 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line
+from cocoa_embed.serve.address import check_key
 
 TIMEOUT_SECONDS = 90.0
 
 
-def post(server: str, path: str, document: Mapping[str, Any], api_key: str | None = None) -> dict[str, Any]:
-    """Return the JSON object with which a server answers.
+def post_search(server: str, document: Mapping[str, Any], api_key: str | None = None) -> dict[str, Any]:
+    """Return the JSON object, with a list ``hits``, with which a server answers a search.
 
     No proxy is used and no redirect is followed: the key goes to the named server only.
 
-    :param server: ``http://127.0.0.1:8000``; a path behind the port goes before ``path``.
-    :raises UsageError: If the address is malformed, or the server refuses the request as malformed.
-    :raises CocoaError: If no server answers, or it fails.
+    :param server: ``http://127.0.0.1:8000``; a path behind the port goes before ``/search``.
+    :raises UsageError: If the address or the key is malformed, or the server refuses the request as malformed.
+    :raises CocoaError: If no server answers, it fails, or it is another server.
     """
+    if api_key:
+        check_key(api_key)
     try:
         address = urlsplit(server)
         kind = {"http": HTTPConnection, "https": HTTPSConnection}.get(address.scheme)
@@ -32,7 +35,7 @@ def post(server: str, path: str, document: Mapping[str, Any], api_key: str | Non
         raise UsageError(f"{server!a} is no address of a server; give one such as http://127.0.0.1:8000") from None
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
     try:
-        connection.request("POST", address.path.rstrip("/") + path, json.dumps(document), headers)
+        connection.request("POST", address.path.rstrip("/") + "/search", json.dumps(document), headers)
         response = connection.getresponse()
         body = response.read()
     except (OSError, HTTPException, UnicodeError) as error:
@@ -43,7 +46,7 @@ def post(server: str, path: str, document: Mapping[str, Any], api_key: str | Non
         connection.close()
     try:
         answer = json.loads(body)
-        if response.status == 200:
+        if response.status == 200 and isinstance(answer["hits"], list):
             return dict(answer)
         message = answer["error"]["message"]
     except (ValueError, TypeError, KeyError):

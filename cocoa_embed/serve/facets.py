@@ -25,7 +25,7 @@ HIDDEN |= {"thumbnail", "caption_source", "metadata"}
 
 
 def make_facets(payloads: Iterable[Payload]) -> list[dict[str, Any]]:
-    """Return the facets of points, those of most points first.
+    """Return the facets of points, those of most points first; keys that no filter can name have none.
 
     :returns: ``key``, as a filter names it, and ``kind``: a ``number`` with ``min`` and ``max``, a ``keyword`` with
         ``values``, pairs of a value and its count, or ``text``.
@@ -39,8 +39,13 @@ def make_facets(payloads: Iterable[Payload]) -> list[dict[str, Any]]:
             values = [each for each in flat([value]) if isinstance(each, str | int | float) and each != ""]
             found[key] += values
             points[key] += bool(values)
-    keys = sorted(filter(found.get, found), key=lambda key: (-points[key], key))
+    keys = sorted(filter(nameable, filter(found.get, found)), key=lambda key: (-points[key], key))
     return [{"key": key if re.fullmatch(r"[\w-]+", key) else f'"{key}"', **describe(key, found[key])} for key in keys]
+
+
+def nameable(key: str) -> bool:
+    """Return whether a filter can name a key: in quotes, which hold neither another quote nor a backslash."""
+    return re.fullmatch(r'[^"\\]+', key) is not None
 
 
 def describe(key: str, values: list[Any]) -> dict[str, Any]:

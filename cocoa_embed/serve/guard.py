@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cocoa_embed.serve.address import is_loopback
 from cocoa_embed.serve.limits import BusyError, Limits
 
 OPEN_PATHS = frozenset({"/", "/page.css", "/page.js", "/health"})
@@ -71,7 +72,9 @@ class Guard:
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)
         if self._expected is None and not is_this_machine(headers.get("host", "")):
-            return error_response(400, "without an API key, requests go to localhost, 127.0.0.1 or [::1] by that name")
+            return error_response(
+                400, "without an API key, requests go to localhost, 127.0.0.1 or another loopback address"
+            )
         given = headers.get("authorization", "").encode("latin-1", "replace")
         if self._expected is not None and scope["path"] not in OPEN_PATHS:
             if not hmac.compare_digest(given, self._expected):
@@ -112,5 +115,4 @@ class Guard:
 
 def is_this_machine(host: str) -> bool:
     """Return whether a request's Host header names this machine, with any port."""
-    name = host[: host.rfind("]") + 1] if host.startswith("[") else host.partition(":")[0]
-    return name.lower() in ("localhost", "127.0.0.1", "[::1]")
+    return is_loopback(host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0])

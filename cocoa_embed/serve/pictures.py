@@ -24,6 +24,9 @@ from cocoa_embed.sources.keys import read_key
 SHOWN_BY_BROWSERS = frozenset({"image/jpeg", "image/png", "image/webp", "image/gif", "image/avif", "image/bmp"})
 """The media types that are served as they are stored; other pictures become JPEG."""
 
+JPEG_SIDE = 65_500
+"""The most pixels of a JPEG's side; a longer picture that becomes one is scaled down."""
+
 CACHED_THUMBNAILS = 2000
 """In memory, some 20 KB each."""
 
@@ -55,7 +58,7 @@ class Pictures:
         data, image, media_type = read_picture(self.payload(id_))
         if media_type in SHOWN_BY_BROWSERS:
             return data, media_type
-        return draw_thumbnail(image, max(image.size)), "image/jpeg"
+        return draw_thumbnail(image, min(max(image.size), JPEG_SIDE)), "image/jpeg"
 
     def _draw(self, id_: str, size: int) -> tuple[bytes, str]:
         """Return a JPEG of a point's picture, its longer side at most ``size`` pixels, and its media type.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -120,26 +120,47 @@ def as_picture(value: object, name: str | None = None) -> Picture | None:
 
 
 @contextmanager
-def decoded(
-    items: Sequence[Item], budget: PixelBudget, count_tokens: CountTokens, copies: int = 1
-) -> Iterator[list[ModelInput]]:
-    """Decode pictures as far as there is room for them, and hold the room until the end of the block.
+def decoded(items: Sequence[Item], pixels: int, budget: PixelBudget) -> Iterator[list[ModelInput]]:
+    """Decode pictures once there is room for so many pixels, and hold the room until the end of the block.
 
-    :param count_tokens: Refuses sizes that the model does not take.
-    :param copies: How often the model gets each picture.
-    :raises ImageError: If one is no picture, too large, or of such a size.
+    :raises ImageError: If one is no picture.
     :raises UsageError: If an item has neither text nor picture.
     :raises BusyError: If there is no room in time.
     """
-    pixels = sum(count_pixels(picture, count_tokens) for _, picture in items if picture)
-    with budget.hold(copies * pixels):
-        yield [make_input(text, decode_image(*picture)[0] if picture else None) for text, picture in items]
+    with budget.hold(pixels):
+        yield [
+            make_input(text)
+            if picture is None
+            else {"image": decode_image(*picture)[0], **(make_input(text) if text else {})}
+            for text, picture in items
+        ]
+
+
+def in_batches(
+    items: Iterable[Item], most_items: int, most_pixels: int, count_tokens: CountTokens
+) -> Iterator[tuple[list[Item], int]]:
+    """Yield items in order, as batches with the pixels of their pictures; a larger picture is a batch of its own.
+
+    :param count_tokens: Refuses sizes that the model does not take.
+    :raises ImageError: As ``count_pixels`` does, once a batch would have the picture.
+    """
+    batch: list[Item] = []
+    batch_pixels = 0
+    for item in items:
+        pixels = 0 if item[1] is None else count_pixels(item[1], count_tokens)
+        if batch and (len(batch) == most_items or batch_pixels + pixels > most_pixels):
+            yield batch, batch_pixels
+            batch, batch_pixels = [], 0
+        batch.append(item)
+        batch_pixels += pixels
+    if batch:
+        yield batch, batch_pixels
 
 
 def count_pixels(picture: Picture, count_tokens: CountTokens) -> int:
     """Return the pixels of a picture, from the header of its file.
 
-    :raises ImageError: As ``decoded`` does.
+    :raises ImageError: If it is no picture, too large, or of a size that the model does not take.
     """
     width, height = image_size(*picture)
     try:

@@ -13,7 +13,7 @@ from llama_index.core.vector_stores import MetadataFilters
 
 from cocoa_embed.integrations.llama_index.filters import to_condition
 from cocoa_embed.integrations.llama_index.nodes import load_source, to_node
-from cocoa_embed.integrations.qdrant.searching.conditions import OneOf
+from cocoa_embed.integrations.qdrant.searching.conditions import Condition, Not, OneOf
 
 if TYPE_CHECKING:
     from qdrant_client import models
@@ -103,7 +103,9 @@ class CocoaRetriever(MultiModalRetriever):
         return await asyncio.to_thread(self._retrieve, query_bundle)
 
     def _retrieve_images(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        found = self._search(query_bundle, self.image_similarity_top_k)
+        indexes = self._indexer.store.payload_indexes()  # None: a filter may be on any field
+        is_filterable = indexes is None or TEXT_NODES.path in indexes
+        found = self._search(query_bundle, self.image_similarity_top_k, *([Not(TEXT_NODES)] if is_filterable else []))
         return [each for each in found if isinstance(each.node, ImageNode)]
 
     async def _aretrieve_images(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
@@ -112,7 +114,7 @@ class CocoaRetriever(MultiModalRetriever):
     _text_to_image_retrieve = _image_to_image_retrieve = _retrieve_images
     _atext_to_image_retrieve = _aimage_to_image_retrieve = _aretrieve_images
 
-    def _search(self, query: QueryBundle, limit: int, *conditions: OneOf) -> list[NodeWithScore]:
+    def _search(self, query: QueryBundle, limit: int, *conditions: Condition) -> list[NodeWithScore]:
         image = query.image_path
         hits = self._indexer.search(
             "\n".join(query.embedding_strs) or None,

@@ -156,6 +156,24 @@ def test_an_image_without_an_answer_is_reported_and_asked_about_by_the_next_run(
     assert {colour(asked.image) for asked in server.asked} == {"green"}
 
 
+def test_a_broken_answer_and_half_a_surrogate_in_a_label_cost_no_other_image(command: Command, photos: Path) -> None:
+    rows = [{"file_name": "red.png", "text": "caf\ud800"}, {"file_name": "green.png"}, {"file_name": "blue.png"}]
+    (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def garble(asked: Asked) -> Reply:
+        is_green = colour(asked.image) == "green"
+        return Reply("no gzip", headers={"Content-Encoding": "gzip"}) if is_green else describe(asked)
+
+    with answering(garble) as server:
+        result = command(*words(photos, server))
+    assert result.status == 1
+    document = json.loads(result.out)
+    assert document["captioned"] == 2
+    (failure,) = document["failed"]
+    assert "does not answer (Error -3 while decompressing data" in failure["reason"]
+    assert {"caf" in asked.prompt for asked in server.asked if colour(asked.image) == "red"} == {True}
+
+
 def test_a_refused_image_is_listed_by_every_run_and_asked_about_once(command: Command, photos: Path) -> None:
     def refuse(asked: Asked) -> Reply:
         if colour(asked.image) == "blue":

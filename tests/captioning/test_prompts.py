@@ -58,6 +58,7 @@ def test_an_answer_that_was_cut_off_keeps_its_whole_sentences() -> None:
         "Sure!\n\n**Q1:** What is red?\n**A1:** The ball is red.\n\n**Q2:** How many?\n**A2:** Two.",
         "1. Question: What is red?\n   Answer: The ball is red.\n2. Question: How many?\n   Answer: Two.\n"
         "3. Question: how many?\n   Answer: Three.",
+        "Q: What is red?\n\n---\nA: **The ball is red.**\n\n---\n\n2.\nQ: How many?\nA: Two. **\n",
     ],
 )
 def test_question_answer_pairs_are_read_in_the_forms_that_models_write(text: str) -> None:
@@ -66,6 +67,12 @@ def test_question_answer_pairs_are_read_in_the_forms_that_models_write(text: str
         {"question": "How many?", "answer": "Two."},
     ]
     assert PROMPTS.read([QUESTIONS], [Answer(text)])["questions"] == expected
+
+
+def test_an_answer_of_line_ends_is_read_at_once() -> None:
+    """It would take hours if a repetition could go on where the one before it ends."""
+    for answer in ("Q:" + "\n" * 1000 + "x", "Q: What?" + "\n" * 1000 + "x", "Q: What?\nA: It" + "\n" * 1000 + "is."):
+        assert len(PROMPTS.read([QUESTIONS], [Answer(answer)])["questions"]) == answer.endswith("is.")
 
 
 def test_of_a_cut_answer_the_last_pair_is_left_out_and_without_pairs_it_is_unusable() -> None:

@@ -1,11 +1,14 @@
 """Scenes captioned by the captioner that ships with the package, interrupted and wrong runs."""
 
 import json
+import math
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
+from datetime import date
 from itertools import islice
 from pathlib import Path
 
@@ -13,12 +16,15 @@ import pytest
 import torch
 from command_line import Command
 from PIL import Image
+from table_files import write_table
 from tiny_backbones import TINY_MAX_LENGTH, every_family
 
 from cocoa_embed.captioning.backbone import BackboneWriter
 from cocoa_embed.captioning.prompts import Answer, Prompts, Request
 from cocoa_embed.captioning.run import JOURNAL, CaptionRun
+from cocoa_embed.data.image_folder import DescribedImage, read_metadata
 from cocoa_embed.demo.scenes import Scene, captions, distinct_scenes, draw
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.stages.bridge.collator import split_blocks
@@ -220,6 +226,41 @@ def test_texts_beside_images_are_kept_or_replaced_like_those_of_metadata(blank: 
     assert (run.summary["kept"], run.summary["captioned"]) == (1, 6)
     texts = {row.query.image.stem: row.positive.text for row in read_image_folder(blank.parent / "out")}
     assert (texts["3"], texts["4"]) == ("a blank image, three wide", "detailed, 4 wide")
+
+
+def test_a_text_that_cannot_be_read_is_reported_and_not_replaced(blank: Path) -> None:
+    (blank / "3.txt").write_bytes("ein schöner Hund im Park".encode("latin-1"))
+    (blank / "4.txt").write_text("1 2 3")  # no caption, but the boxes of a detector
+    run = caption_run(blank, Namer())
+    assert run.plan()["to_caption"] == sum(run.caption()) == 6
+    assert run.summary["failed"] == [{"path": str(blank / "3.txt"), "reason": "is not UTF-8; save it as UTF-8"}]
+    assert "3" not in {row.query.image.stem for row in read_image_folder(blank.parent / "out")}
+
+
+def test_values_that_json_does_not_have_are_written_so_that_they_are_read_again(blank: Path) -> None:
+    write_table(blank / "metadata.parquet", [
+        {"file_name": "1.png", "text": "a blank image, one wide", "price": math.nan, "day": date(2026, 1, 31)},
+        {"file_name": "2.png", "text": "blank", "price": math.inf, "day": None},
+    ])  # fmt: skip
+    list(caption_run(blank, Namer()).caption())
+    written = read_metadata(blank.parent / "out" / "metadata.jsonl")
+    rows = {row.path.stem: row.columns for row in written if isinstance(row, DescribedImage)}
+    assert (rows["1"]["price"], rows["1"]["day"], rows["2"]["price"]) == (None, "2026-01-31", None)
+    assert len(rows) == 7
+
+
+def test_a_full_disk_is_a_sentence_and_the_next_run_goes_on(blank: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+    try:
+        with pytest.raises(CocoaError, match=r"out cannot be written \(File too large\); give another --out, or mend"):
+            list(caption_run(blank, Namer(), wordings=1).caption())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    plan = caption_run(blank, Namer(), wordings=1).plan()
+    assert 0 < plan["done"] < 7
+    assert sum(caption_run(blank, Namer(), wordings=1).caption()) == plan["to_caption"] == 7 - plan["done"]
+    assert len(read_image_folder(blank.parent / "out")) == 7
 
 
 def test_wrong_usage_is_one_sentence_with_the_way_out(

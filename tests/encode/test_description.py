@@ -103,8 +103,13 @@ def test_files_that_change_while_the_model_is_loaded_are_not_remembered(folder: 
 def test_what_depends_on_more_than_the_files_is_not_remembered(folder: Path, options: dict[str, Any]) -> None:
     assert remembered_in(folder, {}) is not None
     assert remembered_in(folder, options) is None
-    (folder / "adapter_config.json").touch()
-    assert remembered_in(folder, {}) is None
+    elsewhere = folder.with_name("elsewhere")
+    elsewhere.mkdir()
+    for name, make in (("0_CLIPModel", lambda file: file.symlink_to(elsewhere)), ("adapter_config.json", Path.touch)):
+        make(folder / name)
+        assert remembered_in(folder, {}) is None
+        (folder / name).unlink()
+    assert remembered_in(folder, {}) is not None
 
 
 def test_a_broken_or_unwritable_cache_costs_a_load_and_no_more(folder: Path, cache: Path) -> None:

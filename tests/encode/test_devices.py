@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,16 @@ def test_two_processes_give_the_embeddings_of_one_in_the_order_of_the_images(
     np.testing.assert_allclose(
         two.embed_queries([{"text": "a red ring"}]), alone.embed_queries([{"text": "a red ring"}]), atol=1e-5
     )
+
+    def broken() -> Iterator[tuple[str, bytes]]:
+        yield from images[:5]
+        raise RuntimeError("the list broke")
+
+    for encoder in (one, two, alone):
+        stream = encoder.stream_images(broken(), batch_size=2)
+        assert [key for key, _ in islice(stream, 5)] == [name for name, _ in images[:5]]
+        with pytest.raises(RuntimeError, match="the list broke"):
+            next(stream)
     for encoder in (one, two):
         encoder.close()
 

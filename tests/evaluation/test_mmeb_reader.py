@@ -106,6 +106,8 @@ def test_a_target_listed_twice_can_count_once(tmp_path: Path, images: Path) -> N
 def test_missing_images_and_a_subset_without_rows_are_errors(tmp_path: Path, images: Path) -> None:
     with pytest.raises(CocoaError, match=r"2 images of MSCOCO_i2t are not in .*images, the first is 'gone.png'"):
         read(tmp_path, [row(tgt_img_path=["gone.png", "a\0b"])])
+    with pytest.raises(CocoaError, match=r"1 images of MSCOCO_i2t are not in .*images, the first is '/gone/a.png'"):
+        read(tmp_path, [row(qry_img_path="/gone/a.png")])
     with pytest.raises(CocoaError, match="MSCOCO_i2t has no rows"):
         read(tmp_path, [])
 

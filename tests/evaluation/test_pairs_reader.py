@@ -40,6 +40,14 @@ def test_images_inside_parquet_and_lists_of_captions_are_read(tmp_path: Path) ->
     assert document["counts"]["text_to_image"]["documents"] == 2
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_list_of_texts_is_a_pair_for_each_in_every_kind_of_table(tmp_path: Path, suffix: str) -> None:
+    write_images(tmp_path, "ab")
+    rows = [{"text": ["a dog", "a puppy"], "image": "a.png"}, {"text": ["[sic] a cat"], "image": "b.png"}]
+    pairs = read_pairs(write_table(tmp_path / f"rows{suffix}", rows))
+    assert [pair.first.text for pair in pairs] == ["a dog", "a puppy", "[sic] a cat"]
+
+
 def test_pairs_of_any_items_are_read(tmp_path: Path) -> None:
     write_images(tmp_path, "ab")
     rows = [{"query_text": f"change {name}", "query_image": f"{name}.png", "positive_text": name} for name in "ab"]

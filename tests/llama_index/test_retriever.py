@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_model import FakeModel
+from fake_qdrant import fake_server
 from llama_index.core.base.base_multi_modal_retriever import MultiModalRetriever
 from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
 from llama_index.core.ingestion import IngestionPipeline
@@ -22,7 +23,7 @@ from qdrant_client import QdrantClient, models
 from source_files import pdf, tar
 
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.errors import CocoaError, ImageError
+from cocoa_embed.errors import CocoaError, ImageError, UsageError
 from cocoa_embed.integrations.llama_index import CocoaEmbedding, CocoaRetriever
 from cocoa_embed.integrations.llama_index.nodes import StoredImage
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
@@ -100,11 +101,31 @@ def test_it_has_the_methods_and_defaults_of_llama_indexs_retriever(
     with pytest.raises(ImageError, match=r"not among the allowed hosts; .*allowed_hosts= in Python"):
         retriever.image_to_image_retrieve("http://127.0.0.1/a.png")
     store = QdrantVectorStore("mixed", client=client)
-    nodes = [TextNode(text="red"), ImageNode(image_path=files[1])]
+    nodes = [
+        *(TextNode(text=text) for text in ("red", "red red")),
+        *(ImageNode(image_path=each) for each in files[1:3]),
+    ]
     IngestionPipeline(transformations=[embedding], vector_store=store, disable_cache=True).run(nodes=nodes)
     mixed = CocoaRetriever(QdrantIndexer(embedding.encoder, client=client, collection="mixed"))
-    assert [each.node.text for each in mixed.text_retrieve("green")] == ["red"]
-    assert paths(mixed.text_to_image_retrieve("red")) == files[1:2]
+    assert sorted(each.node.text for each in mixed.text_retrieve("green")) == ["red", "red red"]
+    assert not paths(mixed.retrieve("red")), "an image is nearer than the texts"
+    assert sorted(paths(mixed.text_to_image_retrieve("red"))) == sorted(files[1:3])
+    assert sorted(paths(mixed.image_to_image_retrieve(files[0]))) == sorted(files[1:3])
+
+
+def test_images_are_retrieved_from_a_server_that_takes_filters_on_indexed_fields_only(
+    embedding: CocoaEmbedding, folder: Path, files: list[str]
+) -> None:
+    with fake_server() as server, QdrantIndexer(embedding.encoder, url=server.url) as indexer:
+        server.is_strict = True
+        indexer.index(folder, progress=False)
+        retriever = CocoaRetriever(indexer, 1)
+        assert paths(retriever.text_to_image_retrieve("red")) == files[:1]
+        with pytest.raises(UsageError, match="_node_type"):
+            retriever.text_retrieve("red")
+        indexer.create_payload_index("_node_type")
+        assert paths(retriever.text_to_image_retrieve("red")) == files[:1]
+        assert retriever.text_retrieve("red") == []
 
 
 def test_diverse_nodes_are_retrieved_on_request(indexer: QdrantIndexer, files: list[str]) -> None:

@@ -1,12 +1,16 @@
 """``/v1/embeddings`` as clients of OpenAI's API use it, and with images."""
 
 import base64
+import time
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from fake_model import FakeModel, colour_image
+from PIL import Image
 from served import index_files, message, served, uri
 from starlette.testclient import TestClient
 from tokenizers import Tokenizer
@@ -16,6 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from cocoa_embed.encode.encoder import Encoder, make_input
+from cocoa_embed.images.load import decode_image
 
 
 def embedded(client: TestClient, **body: Any) -> np.ndarray:
@@ -50,6 +55,46 @@ def test_images_alone_and_with_a_text_are_embedded_as_query_or_document(api: Tes
     found = embedded(api, input=[{"image": uri(file)}, {"image": uri(file), "text": "red"}], input_type="document")
     np.testing.assert_allclose(found, expected)
     np.testing.assert_allclose(embedded(api, input={"image": uri(file)}), expected[:1])
+
+
+class ForgetfulModel(FakeModel):
+    """Keeps no inputs."""
+
+    def __call__(self, features: Mapping[str, Any], task: str | None = None) -> dict[str, Any]:
+        try:
+            return super().__call__(features, task)
+        finally:
+            self.queries.clear()
+            self.documents.clear()
+
+
+def test_pictures_of_one_request_are_decoded_as_far_as_the_budget_has_room(
+    storage: dict[str, Any], colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index_files(storage, colours)
+    colour_image("red", (100, 10)).save(colours / "large.png")
+    made: list[weakref.ref[Image.Image]] = []
+    held: list[int] = []
+
+    def pixels() -> int:
+        return sum(image.width * image.height for each in made if (image := each()) is not None)
+
+    def decode(data: bytes, name: str) -> tuple[Image.Image, str]:
+        image, media_type = decode_image(data, name)
+        until = time.monotonic() + 5  # the queue's thread lets a batch go a moment after its embeddings are there
+        while 0 < pixels() > budget - image.width * image.height and time.monotonic() < until:
+            time.sleep(0.001)
+        made.append(weakref.ref(image))
+        held.append(pixels())
+        return image, media_type
+
+    monkeypatch.setattr("cocoa_embed.serve.requests.decode_image", decode)
+    budget = 2 * 24 * 16
+    small, large = {"image": uri(colours / "red.png"), "text": "red"}, {"image": uri(colours / "large.png")}
+    model = ForgetfulModel()
+    with served(storage, model=model, pixels=budget) as client:
+        embedded(client, input=[small, small, small, "red", large, "red", small], input_type="document")
+    assert held == [384, 768, 384, 1000, 384]
 
 
 class Patches:

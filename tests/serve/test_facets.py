@@ -5,7 +5,7 @@ def test_values_decide_the_kind_and_are_written_as_filters_write_them() -> None:
     payloads = [
         {"width": 10 * number, "caption": "one caption", "tags": ["a", "b"], "metadata": {
             "is_new": number > 1, "title": f"title {number}", "a.b": "x", "rating": number + 0.5, "note": "long " * 20,
-            "author": f"author {number // 3}", "nothing": None, "nested": {"x": 1},
+            "author": f"author {number // 3}", "nothing": None, "nested": {"x": 1}, 'a"b': "x", "a\\b": "x", "": "x",
         }}
         for number in range(90)
     ]  # fmt: skip
@@ -17,7 +17,8 @@ def test_values_decide_the_kind_and_are_written_as_filters_write_them() -> None:
     assert facets['"a.b"']["values"] == [["x", 90]]
     assert {facets[key]["kind"] for key in ("caption", "title", "note")} == {"text"}
     assert len(facets["author"]["values"]) == MAX_VALUES < 30
-    assert not facets.keys() & {"nothing", "nested", "metadata"}
+    unnameable = {'"a"b"', '"a\\b"', '""'}
+    assert not facets.keys() & {"nothing", "nested", "metadata", *unnameable}
 
 
 def test_keys_of_most_points_come_first() -> None:

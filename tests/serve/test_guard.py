@@ -11,7 +11,7 @@ import pytest
 from fake_model import FakeModel
 from served import KEY, index_files, message, served
 
-from cocoa_embed.errors import UsageError
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.serve.address import bind, check_address
 
 JSON = {"content-type": "application/json"}
@@ -48,7 +48,7 @@ def test_without_a_key_only_requests_to_this_machine_by_its_name_are_answered(in
     with served(index) as client:
         for host in ("evil.example.com", "evil.example.com:8000", "127.0.0.1.evil.example.com", "", "[::2]:8000"):
             assert message(client.get("/info", headers={"Host": host})).startswith("400 without an API key")
-        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:9", "[::1]:8000", "[::1]"):
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:9", "127.0.0.2:8000", "[::1]:8000", "[::1]"):
             assert client.get("/info", headers={"Host": host}).status_code == 200
 
 
@@ -148,7 +148,7 @@ def test_what_others_can_reach_needs_a_key(host: str) -> None:
 
 
 def test_loopback_needs_no_key_and_a_key_fits_in_a_header() -> None:
-    for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
+    for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost", "LOCALHOST"):
         check_address(host, None)
     for key in ("", " ", "a b", "clé", "a\nb"):
         with pytest.raises(UsageError, match="the API key is empty or has characters"):
@@ -174,3 +174,9 @@ def test_a_port_that_is_taken_is_named() -> None:
     port = taken.getsockname()[1]
     with taken, pytest.raises(Exception, match=f"127.0.0.1 port {port} cannot be listened at .*; give another --port"):
         bind("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["..", ".example.com", "a" * 70, "192.0.2.1"])
+def test_a_host_that_is_not_this_machines_is_named(host: str) -> None:
+    with pytest.raises(CocoaError, match="give another --host"):
+        bind(host, 0)

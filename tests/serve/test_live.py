@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from command_line import Command, modules_imported_by
 from fake_model import FakeModel, colour_image, write_colours
-from fake_qdrant import fake_server
+from fake_qdrant import answer_bytes, fake_server
 from served import KEY, index_files, listening, message
 
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.integrations.qdrant import QdrantIndexer
-from cocoa_embed.serve.client import post
+from cocoa_embed.serve.client import post_search
 from cocoa_embed.serve.limits import Limits
 from cocoa_embed.serve.run import model_of, open_app
 
@@ -138,8 +138,18 @@ def test_search_asks_a_server_as_it_would_an_index(
 
 
 def test_a_client_names_what_is_wrong_with_the_address_and_sends_the_key(index: dict[str, Any]) -> None:
-    with fake_server() as other, pytest.raises(CocoaError, match="is no server of cocoa-embed"):
-        post(other.url, "/search", {})
+    with fake_server() as other:
+        foreign = {"match": r"is no server of cocoa-embed \(it answers with status"}
+        with pytest.raises(CocoaError, **foreign):
+            post_search(other.url, {})
+        for answer in (b"{}", b'{"hits": {}}', b"[]", b"<html>"):
+            other.fail("/search", answer_bytes(answer))
+            with pytest.raises(CocoaError, **foreign):
+                post_search(other.url, {})
+    for key in ("secret\r", "sécret", "☃"):
+        with pytest.raises(UsageError, match="the API key is empty or has characters that no header holds") as error:
+            post_search("http://127.0.0.1:1", {}, key)
+        assert key not in str(error.value)
     for address in (
         "localhost:8000",
         "ftp://localhost",
@@ -149,7 +159,7 @@ def test_a_client_names_what_is_wrong_with_the_address_and_sends_the_key(index: 
         "http://[::1",
     ):
         with pytest.raises(UsageError, match="is no address of a server"):
-            post(address, "/search", {})
+            post_search(address, {})
 
 
 def test_search_server_imports_nothing_heavy(index: dict[str, Any]) -> None:
@@ -235,7 +245,7 @@ def test_a_signal_ends_the_server_and_changes_nothing(
     def ask() -> None:
         while not stop.is_set():
             try:
-                post(url, "/search", {"text": "red"}, KEY)
+                post_search(url, {"text": "red"}, KEY)
                 answered.set()
             except CocoaError:
                 return

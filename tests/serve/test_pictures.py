@@ -14,6 +14,7 @@ from source_files import parquet_file, pdf, tar, video
 from starlette.testclient import TestClient
 
 from cocoa_embed.integrations.qdrant import QdrantIndexer
+from cocoa_embed.serve.pictures import JPEG_SIDE, Pictures
 from cocoa_embed.sources.base import SourceOptions
 
 
@@ -62,6 +63,13 @@ def test_a_type_that_browsers_do_not_show_becomes_jpeg(storage: dict[str, Any], 
         image = client.get(f"/image/{ids(client)['red.tiff']}")
     assert image.headers["content-type"] == "image/jpeg"
     assert opened(image).size == (24, 16)
+
+
+def test_a_picture_longer_than_a_jpeg_can_be_is_scaled_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    colour_image("red", (66_000, 2)).save(tmp_path / "long.tiff")
+    monkeypatch.setattr(Pictures, "payload", lambda *_: {"path": str(tmp_path / "long.tiff")})
+    data, media_type = Pictures(None).full("x")  # type: ignore[arg-type]
+    assert (media_type, Image.open(io.BytesIO(data)).size) == ("image/jpeg", (JPEG_SIDE, 2))
 
 
 SECRET = b"-----BEGIN PRIVATE KEY-----"
