@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import tarfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import pyarrow.parquet as parquet
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 
+from cocoa_embed.data import SHARD_IMAGES
 from cocoa_embed.data.places import Place, open_binary, reading
 from cocoa_embed.data.rows import ArrowImage
 from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
@@ -44,11 +46,14 @@ class ArrowTable:
     :param name: Its name in error messages and in the names of its images; tables of the same name are equal.
     :param dataset: In the format ``arrow``, which decodes nothing.
     :param origin: What ``reopen`` opens it by.
+    :param images: Columns of images that have a column ``image`` beside them: in each row, the first of them that is
+        not null.
     """
 
     name: str
     dataset: datasets.Dataset = field(compare=False, repr=False)
     origin: tuple[str | None, ...] = field(default=(), compare=False, repr=False)
+    images: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -56,7 +61,7 @@ class ArrowTable:
     @property
     def columns(self) -> tuple[str, ...]:
         """The names of the columns."""
-        return tuple(self.dataset.column_names)
+        return (*self.dataset.column_names, *(["image"] if self.images else []))
 
     @property
     def fingerprint(self) -> str:
@@ -73,12 +78,15 @@ class ArrowTable:
         :param columns: The columns to read; missing ones are left out.
         :param lists: Not used: Arrow columns are typed.
         """
-        wanted = [column for column in columns if column in self.columns]
+        images = self.images if "image" in columns else ()
+        wanted = [column for column in dict.fromkeys((*columns, *images)) if column in self.dataset.column_names]
         batches = cast(Iterator[pa.Table], self.dataset.select_columns(wanted).iter(batch_size=ROWS_AT_ONCE))
         for first, batch in zip(count(step=ROWS_AT_ONCE), batches, strict=False):
             values = [self._values(batch[column], column, first) for column in wanted]
             for row, cells in enumerate(zip(*values, strict=True), first):
-                yield self.row_name(row), dict(zip(wanted, cells, strict=True))
+                found = dict(zip(wanted, cells, strict=True))
+                one = {"image": next(filter(None, map(found.get, images)), None)} if images else {}
+                yield self.row_name(row), {**found, **one}
 
     def read_image(self, image: ArrowImage) -> bytes:
         """Return the bytes of an embedded image.
@@ -150,19 +158,31 @@ def open_parquet(path: Place) -> ArrowTable:
 def open_shards(paths: Sequence[Place]) -> ArrowTable:
     """Open the tar files of a WebDataset: files of the same name make a row, with a column for each suffix.
 
+    Images with several suffixes have a column ``image`` as well.
+
     :raises CocoaError: If they cannot be read.
     """
     name = printable(paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more")
     with reading(name):
-        table = replace(_open_files("webdataset", paths, _shard_features(paths[0])), name=name)
+        table = _with_one_image(replace(_open_files("webdataset", paths, _shard_features(paths[0])), name=name))
     if not any(_holds_images(kind) for kind in table.dataset.features.arrow_schema.types):
         kinds = ", ".join(column for column in table.columns if not column.startswith("__"))
         raise CocoaError(f"{name} has no images (files found: {kinds}); a row is an image and a text of one name.")
     return table
 
 
+def _with_one_image(table: ArrowTable) -> ArrowTable:
+    """Return shards without the columns of images that are empty, and with ``image`` for several of the others."""
+    suffixes = [column for column in table.columns if column in WebDataset.IMAGE_EXTENSIONS]
+    empty = [suffix for suffix in suffixes if table.dataset.data.column(suffix).null_count == len(table)]
+    used = [suffix for suffix in dict.fromkeys((*SHARD_IMAGES, *suffixes)) if suffix in {*suffixes} - {*empty}]
+    is_usual = len(used) == 1 and used[0] in SHARD_IMAGES
+    dataset = table.dataset.remove_columns(empty) if empty else table.dataset
+    return replace(table, dataset=dataset, images=() if is_usual or "image" in table.columns else tuple(used))
+
+
 def _shard_features(shard: Place) -> datasets.Features | None:
-    """Return the columns of images and texts that the beginning of a shard has, None if it has others.
+    """Return columns of texts and of images, as the beginning of a shard and others have them; None if it has more.
 
     Without them, ``datasets`` refuses all shards where one of the first samples lacks a file.
     """
@@ -172,13 +192,16 @@ def _shard_features(shard: Place) -> datasets.Features | None:
     images = suffixes & {*WebDataset.IMAGE_EXTENSIONS}
     if not images or suffixes - images != {"txt"}:
         return None
-    kinds = {suffix: datasets.Image() if suffix in images else datasets.Value("string") for suffix in sorted(suffixes)}
+    suffixes |= {*SHARD_IMAGES}  # some may come later
+    kinds = {suffix: datasets.Value("string") if suffix == "txt" else datasets.Image() for suffix in sorted(suffixes)}
     return datasets.Features({**kinds, "__key__": datasets.Value("string"), "__url__": datasets.Value("string")})
 
 
 def _open_files(builder: str, paths: Sequence[Place], features: datasets.Features | None = None) -> ArrowTable:
     """Open files by a builder of ``datasets``."""
     files = [str(path.absolute() if isinstance(path, Path) else path) for path in paths]
+    # It takes names for patterns, but on the web, where a question mark is none.
+    files = [file if file.startswith(("http://", "https://")) else glob.escape(file) for file in files]
     dataset = _load(builder, data_files=files, split="train", features=features)
     return ArrowTable(printable(paths[0]), dataset.with_format("arrow"), (builder, *map(str, paths)))
 

@@ -6,6 +6,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from cocoa_embed.data import SHARD_IMAGES
 from cocoa_embed.data.rows import ArrowImage, Item, ItemImage, Row, check_unicode, shortened
 from cocoa_embed.data.tables import Table
 from cocoa_embed.errors import CocoaError, RowError, did_you_mean, printable
@@ -26,7 +27,7 @@ KNOWN_LAYOUTS = (
     {"query_text": "text", "positive_image": "image"},
     {"query_text": "text", "positive_image": "file_name"},
     {"query_text": "caption", "positive_image": "image"},
-    *({"query_text": "txt", "positive_image": suffix} for suffix in ("jpg", "jpeg", "png", "webp")),
+    *({"query_text": "txt", "positive_image": column} for column in ("image", *SHARD_IMAGES)),
 )
 """The columns of parts in common data sets."""
 

@@ -29,6 +29,9 @@ RowChoice: TypeAlias = CaptionChoice | Literal["questions"]
 TEXT_SUFFIXES = (".txt", ".caption")
 """The suffixes of a text file beside an image, of the same name, that holds its caption."""
 
+TEXT_NAME = re.compile(rf"({'|'.join(map(re.escape, TEXT_SUFFIXES))})\Z", re.IGNORECASE)
+"""Matches the end of such a file's name."""
+
 MAX_TEXT_BYTES = 2**16
 """Larger text files beside images are no captions."""
 
@@ -55,22 +58,24 @@ class DescribedImage(NamedTuple):
 
     @property
     def text_column(self) -> str | None:
-        """The column that holds the caption."""
-        return next((column for column in TEXT_COLUMNS if self.columns.get(column) is not None), None)
+        """The column that holds the caption: the first that is not blank, or else not null."""
+        named = [column for column in TEXT_COLUMNS if self.columns.get(column) is not None]
+        return next(iter([*filter(without_blank_texts(self.columns).get, named), *named]), None)
 
     @property
     def wordings(self) -> list[str]:
-        """The captions: the text, or else the entries of the column ``captions``."""
-        if self.text_column is not None:
-            return [self.columns[self.text_column]]
-        captions = self.columns.get("captions")
-        return [text for text in captions if isinstance(text, str)] if isinstance(captions, list) else []
+        """The captions that are not blank: the text, or else the entries of the column ``captions``."""
+        text, captions = self.columns.get(self.text_column or ""), self.columns.get("captions")
+        if isinstance(text, str) and text.strip():
+            return [text]
+        entries = captions if isinstance(captions, list) else []
+        return [entry for entry in entries if isinstance(entry, str) and entry.strip()]
 
     @property
     def others(self) -> dict[str, Any]:
-        """The columns besides those of the file and the text."""
+        """The columns besides those of the file and the text, and without other texts that are blank."""
         used = (self.file_column, self.text_column)
-        return {name: value for name, value in self.columns.items() if name not in used}
+        return {name: value for name, value in without_blank_texts(self.columns).items() if name not in used}
 
     @property
     def text(self) -> str:
@@ -78,13 +83,12 @@ class DescribedImage(NamedTuple):
 
         :raises RowError: If it has none.
         """
-        text = next(iter(self.wordings), None)
+        text = next(iter(self.wordings), None) if self.text_column is None else self.columns[self.text_column]
         if text is None:
             raise RowError(self.source, f"has no 'text' ({_found(self.columns)}); call the column of captions 'text', "
                            "or remove the row")  # fmt: skip
         if not text.strip():
-            raise RowError(self.source, f"has an empty {(self.text_column or 'captions')!r}; write one, or remove the "
-                           "row")  # fmt: skip
+            raise RowError(self.source, f"has an empty {self.text_column!r}; write one, or remove the row")
         return check_unicode(text, self.source)
 
     @property
@@ -123,6 +127,15 @@ class DescribedImage(NamedTuple):
         :raises RowError: If there is none, or the list is malformed.
         """
         return (self.captions if choice == "captions" else []) or [self.text]
+
+
+def without_blank_texts(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return columns without those of ``TEXT_COLUMNS`` that are null or blank."""
+    return {
+        name: value
+        for name, value in columns.items()
+        if name not in TEXT_COLUMNS or (value is not None and str(value).strip())
+    }
 
 
 def find_metadata(folder: Path) -> Path:
@@ -239,15 +252,17 @@ def _read_texts(folder: Path) -> Iterator[DescribedImage | RowError]:
 
 
 def text_beside(image: Path) -> Path | None:
-    """Return the text file beside an image that holds its caption, if there is one."""
+    """Return the text file beside an image that holds its caption, if there is one, with its suffix in either case."""
     names = _text_names(image.parent)
-    beside = (image.with_suffix(suffix) for suffix in TEXT_SUFFIXES)
-    return next((text for text in beside if text.name in names), None)
+    found = (names.get(image.with_suffix(suffix).name) for suffix in TEXT_SUFFIXES)
+    return next((image.with_name(name) for name in found if name is not None), None)
 
 
 @cached_by_folder
-def _text_names(folder: Path) -> frozenset[str]:
-    return frozenset(name for name in os.listdir(folder) if name.endswith(TEXT_SUFFIXES))
+def _text_names(folder: Path) -> dict[str, str]:
+    """Return the names of the text files of a folder by these names with the suffix in lower case."""
+    names = sorted(filter(TEXT_NAME.search, os.listdir(folder)))
+    return {stem + suffix.lower(): name for name in names for stem, suffix in [os.path.splitext(name)]}
 
 
 def read_text(path: Path) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from cocoa_embed.data.places import Place, open_text, reading, remote_places, suffix_of
 from cocoa_embed.errors import CocoaError, RowError, one_line, printable, require
+from cocoa_embed.images.find_files import match_pattern
 
 Entry = tuple[str, dict[str, Any] | RowError]
 """A row's name in error messages, and its values by column, or the error of a malformed row."""
@@ -72,7 +73,7 @@ def find_files(pattern: str, kind: str = f"{TABLE_SUFFIXES} file") -> list[Place
     elif Path(pattern).is_file():
         found = [Path(pattern)]
     else:
-        found = [*sorted(path for name in glob.glob(pattern, recursive=True) if (path := Path(name)).is_file())]
+        found = [path for path in match_pattern(Path(pattern)) if path.is_file()]
     if not found:
         fault = "is a folder" if Path(pattern).is_dir() else "does not exist"
         fault += " and matches no file" if glob.has_magic(pattern) else ""
@@ -160,9 +161,18 @@ def _read_header(path: Place, encoding: str) -> list[str]:
 
 
 def _csv_cells(lines: Iterator[str]) -> Iterator[list[str]]:
-    """Yield the cells of each line, separated by what separates those of the first line."""
+    """Yield the cells of each line, separated by what separates those of the first line.
+
+    :raises ValueError: If quotes are not closed, or not doubled inside of a cell: where it ends is unknown.
+    """
     header = next(lines, "")
-    return csv.reader(chain([header], lines), delimiter=max(DELIMITERS, key=header.count), strict=True)
+    reader, start = csv.reader(chain([header], lines), delimiter=max(DELIMITERS, key=header.count), strict=True), 1
+    try:
+        for cells in reader:
+            yield cells
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"line {start}: {error}; inside of a cell in quotes, write each quote twice") from error
 
 
 def _read_csv(path: Place, encoding: str, lists: Collection[str]) -> Iterator[Entry]:

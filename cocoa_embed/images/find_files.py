@@ -1,5 +1,6 @@
 """Find image files: in folders, by patterns, in lists."""
 
+import glob
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -112,6 +113,12 @@ def split_pattern(pattern: Path) -> tuple[Path, tuple[str, ...]]:
     return folder, ()
 
 
+def match_pattern(pattern: Path) -> list[Path]:
+    """Return the files and folders that match a pattern of ``glob``, sorted; its parts are split as above."""
+    folder, parts = split_pattern(pattern)
+    return sorted(map(Path, glob.glob(os.path.join(glob.escape(str(folder)), *parts), recursive=True)))
+
+
 class FolderSearch:
     """Finds image files folder by folder, each folder once."""
 
@@ -146,13 +153,31 @@ class FolderSearch:
 
     def follow_links(self) -> Iterator[list[str]]:
         """Yield the images in folders that only links lead to."""
+        for link in self._linked():
+            yield from self._search(link)
+
+    def walk(self, folder: str) -> Iterator[tuple[str, list[str]]]:
+        """Yield a folder and those below it, also behind links, each with the names of all files that are in it."""
+        self._root = folder
+        for root in chain([folder], self._linked()):
+            yield from self._walk(root)
+
+    def _linked(self) -> Iterator[str]:
         while self._links:
             links, self._links = sorted(self._links), []
             for self._root, link in links:
-                yield from self._search(link)
+                yield link
 
     def _search(self, root: str) -> Iterator[list[str]]:
         """Yield the images in a folder and its subfolders, folder by folder."""
+        for path, files in self._walk(root):
+            images = sorted(name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+            found = [os.path.join(path, name).removeprefix("./") for name in images]
+            if found := [file for file in found if not self._passed_over.has_file(file, self._root)]:
+                yield found
+
+    def _walk(self, root: str) -> Iterator[tuple[str, list[str]]]:
+        """Yield a folder and its subfolders with the names of their files; links to folders are kept for later."""
         for path, folders, files in os.walk(root, onerror=self._refuse):
             identity = self._identity(path)
             is_other_root = identity in self._roots and path != root
@@ -164,10 +189,7 @@ class FolderSearch:
             folders[:] = sorted(name for name in folders if not self._passed_over.has_folder(path, name, self._root))
             links = filter(os.path.islink, (os.path.join(path, name) for name in folders))
             self._links += ((self._root, link) for link in links)
-            images = sorted(name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
-            found = [os.path.join(path, name).removeprefix("./") for name in images]
-            if found := [file for file in found if not self._passed_over.has_file(file, self._root)]:
-                yield found
+            yield path, files
 
     def _match(self, pattern: Path) -> Iterator[list[str]]:
         """Yield what matches a pattern: folders are searched, files need an image's suffix or the pattern's.

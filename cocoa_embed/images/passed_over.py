@@ -90,6 +90,8 @@ class PassedOver:
         """
         self.counts: Counter[str] = Counter()
         """The number of files and folders passed over, by the reason."""
+        self.unread: set[str] = set()
+        """Archives that have not been read, as those that have not changed: what is excluded in them is unknown."""
         self._exclude = exclude
         self._used: set[int] = set()
         self._seen: set[str] = set()
@@ -110,8 +112,8 @@ class PassedOver:
         return [pattern for number, pattern in enumerate(self._exclude) if number not in self._used]
 
     def warn_of_unused(self) -> None:
-        """Log a warning for each pattern that has matched nothing."""
-        for pattern in self.unused:
+        """Log a warning for each pattern that matches nothing."""
+        for pattern in self.unused if not self.unread else ():
             logger.warning("--exclude %s: nothing matches it", printable(pattern))
 
     def has_entry(self, path: str, root: str, read_start: Callable[[str], bytes]) -> bool:
@@ -144,10 +146,14 @@ class PassedOver:
     def has_cache(self, folder: str, names: Collection[str], *, is_named: bool) -> bool:
         """Return whether a folder that holds files of these names is passed over as a cache.
 
-        :param is_named: Whether the search is for this folder, which only our own thumbnails are passed over for.
+        :param is_named: Whether this folder itself was named; then only our own thumbnails are passed over.
         """
         markers = {THUMBNAILS_MARKER} if is_named else CACHE_MARKERS
         return not markers.isdisjoint(names) and self._count(folder, "cache")
+
+    def note_link(self, path: str) -> None:
+        """Count a link in an archive: what it leads to may be in the archive, or elsewhere."""
+        self._count(path, "link in an archive")
 
     def _excludes(self, path: str, root: str, slash: str = "") -> bool:
         if not self._exclude:

@@ -15,6 +15,11 @@ from cocoa_embed.sources.remote import is_web, read_address
 from cocoa_embed.sources.shard_files import Kind, ShardFile, json_values
 from cocoa_embed.sources.tables import ADDRESS_COLUMNS, address_column, table_rows
 
+NEVER_LISTED = frozenset(
+    "file local asynclocal git dvc ftp sftp ssh smb webdav webhdfs hdfs arrow_hdfs jupyter jlab dask root".split()
+)
+"""Protocols of files on this machine, or on one that the address names: no list gets around ``--allow-host``."""
+
 
 def read_addresses(file: ShardFile) -> Iterator[Record]:
     """Yield the images of a list, an address a line, or of a table with a column of addresses.
@@ -29,13 +34,26 @@ def read_addresses(file: ShardFile) -> Iterator[Record]:
             yield Record(
                 key=address,
                 relative_key=address.partition("://")[2].partition("?")[0],
-                read=partial(read_address, address, file.options.allowed_hosts),
+                read=partial(read_listed, address, file.options.allowed_hosts),
                 metadata=json_values(others),
                 metadata_source=file.key if others else None,
+                checked_sources=frozenset({file.key}),
             )
         else:
             reason = f"has {address!a} instead of an address" if column else f"has no column {ADDRESS_COLUMNS[0]!r}"
             yield file.make_record(number, ImageError(f"{file.key}#{number}", reason), others)
+
+
+def read_listed(address: str, allowed_hosts: tuple[str, ...]) -> bytes:
+    """Return the bytes of an image in a list, which others may have written.
+
+    :raises ImageError: If it is on this machine or one that the address names, or as ``read_address``.
+    """
+    protocol = address.partition("://")[0].lower()
+    if len(protocol) < 2 or protocol in NEVER_LISTED:  # fsspec takes one letter for a drive of this machine
+        reason = f"is read from no list ({protocol}); give http(s) addresses, or those of a bucket (s3, gs, hf, ...)"
+        raise ImageError(shown_address(address), reason)
+    return read_address(address, allowed_hosts)
 
 
 def first_address(place: Place) -> str:

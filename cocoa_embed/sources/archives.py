@@ -6,12 +6,13 @@ import json
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
-from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
+from cocoa_embed.data.image_folder import without_blank_texts
 from cocoa_embed.data.places import Place, open_binary, reading, suffix_of
 from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images.find_files import IMAGE_SUFFIXES
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 DESCRIPTIONS = frozenset({".txt", ".caption", ".json", ".cls"})
 """The suffixes of the files that describe the image of the same name."""
+
+MAX_SAMPLE_BYTES = 2**25
+"""The files of a sample that are in memory together, but for those of one image."""
 
 MAX_DESCRIPTION_BYTES = 2**20
 """A larger text, or more columns, are passed over."""
@@ -41,6 +45,11 @@ class Member(NamedTuple):
     def suffix(self) -> str:
         """The suffix of the name, in lower case."""
         return suffix_of(self.name)
+
+    @property
+    def stem(self) -> str:
+        """The name without its suffix."""
+        return str(PurePosixPath(self.name).with_suffix(""))
 
     @property
     def sample(self) -> str:
@@ -79,17 +88,50 @@ def read_archive(file: ShardFile) -> Iterator[Record]:
     """
     faults: list[Exception] = []
     columns = cache(lambda: columns_beside(file.place))
-    for sample, members in groupby(until_fault(read_members(file), faults), key=lambda each: each.sample):
-        together = list(members)
-        images = [each for each in together if each.suffix in IMAGE_SUFFIXES]
-        metadata = columns().get(PurePosixPath(sample).name, {}) if images else {}
-        for each in together:
-            if each not in images and isinstance(each.content, bytes):
-                metadata = metadata | read_description(each.suffix, each.content)
-        for image in images:
-            yield file.make_record(image.name, image.content, metadata)
+    for sample in samples(until_fault(read_members(file), faults)):
+        for image, metadata in describe_images(sample, columns):
+            record = file.make_record(image.name, image.content, metadata)
+            # What describes the last image may be behind the break.
+            yield replace(record, checked_sources=frozenset()) if faults else record
     for fault in faults:
         raise fault
+
+
+def samples(members: Iterable[Member]) -> Iterator[list[Member]]:
+    """Yield the files of one sample at a time; of a sample of many images, some at a time, each with its texts."""
+    sample: list[Member] = []
+    size = 0
+    for member in members:
+        is_full = size > MAX_SAMPLE_BYTES and member.stem != sample[-1].stem
+        if sample and (is_full or member.sample != sample[-1].sample):
+            yield sample
+            sample, size = [], 0
+        sample.append(member)
+        size += len(member.content) if isinstance(member.content, bytes) else 0
+    if sample:
+        yield sample
+
+
+def describe_images(
+    sample: Sequence[Member], columns: Callable[[], Mapping[str, Mapping[str, Any]]]
+) -> Iterator[tuple[Member, dict[str, Any]]]:
+    """Yield the images of a sample with their metadata.
+
+    A file whose whole name is that of an image, up to its suffix, describes this image alone: ``2024.01.05.txt`` is of
+    the sample ``2024``, but no text of ``2024.01.06.jpg``.
+
+    :param columns: Returns the metadata of samples, by name.
+    """
+    images = [each for each in sample if each.suffix in IMAGE_SUFFIXES]
+    if not images:
+        return
+    shared = dict(columns().get(PurePosixPath(sample[0].sample).name, {}))
+    own: dict[str, dict[str, Any]] = {image.stem: {} for image in images}
+    for each in sample:
+        if each.suffix in DESCRIPTIONS and isinstance(each.content, bytes):
+            own.get(each.stem, shared).update(without_blank_texts(read_description(each.suffix, each.content)))
+    for image in images:
+        yield image, shared | own[image.stem]
 
 
 def until_fault(members: Iterator[Member], faults: list[Exception]) -> Iterator[Member]:
@@ -114,15 +156,24 @@ def read_description(suffix: str, content: bytes) -> dict[str, Any]:
     return {"text": text} if text else {}
 
 
-def columns_beside(place: Place) -> dict[str, dict[str, Any]]:
-    """Return the rows of the Parquet file that img2dataset writes beside an archive, by ``key``; none without it."""
+def table_beside(place: Place) -> Place | None:
+    """Return the Parquet file that img2dataset writes beside an archive; None if there is none, or can be none."""
+    if suffix_of(place) != ".tar":
+        return None
     beside = str(place)[: -len(".tar")] + ".parquet"
     table: Place = Path(beside) if isinstance(place, Path) else beside
-    if suffix_of(place) != ".tar" or (isinstance(table, Path) and not table.is_file()):
+    return None if isinstance(table, Path) and not table.is_file() else table
+
+
+def columns_beside(place: Place) -> dict[str, dict[str, Any]]:
+    """Return the rows of the Parquet file that img2dataset writes beside an archive, by ``key``; none without it."""
+    table = table_beside(place)
+    if table is None:
         return {}
     try:
         with reading(table):
-            return {str(row["key"]): row for batch in batches(table) for row in batch.to_pylist() if "key" in row}
+            rows = (row for batch in batches(table) for row in batch.to_pylist() if "key" in row)
+            return {str(row["key"]): without_blank_texts(row) for row in rows}
     except CocoaError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return {}
@@ -134,8 +185,14 @@ def read_members(file: ShardFile) -> Iterator[Member]:
 
     :raises Exception: If it cannot be read, or is broken behind the files that were yielded.
     """
+    names: set[str] = set()
+
+    def on_link(name: str) -> None:
+        if suffix_of(name) in IMAGE_SUFFIXES:
+            file.passed_over.note_link(f"{file.key}/{name}")
+
     with open_binary(file.place) as opened:
-        for name, size, read in read_entries(opened, file.key, "r|*"):
+        for name, size, read in read_entries(opened, file.key, "r|*", on_link):
             if suffix_of(name) not in IMAGE_SUFFIXES | DESCRIPTIONS:
                 continue
             most = MAX_IMAGE_BYTES if suffix_of(name) in IMAGE_SUFFIXES else MAX_DESCRIPTION_BYTES
@@ -145,12 +202,16 @@ def read_members(file: ShardFile) -> Iterator[Member]:
             try:
                 if file.passed_over.has_entry(path, file.key, partial(_start, read_once, size)):
                     continue
-                if 0 < size <= most:
+                if name in names and suffix_of(name) in IMAGE_SUFFIXES:
+                    reason = "is in the archive twice, and only the first is read; pack the archive again"
+                    yield Member(name, ImageError(key, reason))
+                elif 0 < size <= most:
                     yield Member(name, read_once())
                 else:
                     yield Member(name, ImageError(key, f"has {size} bytes; between 1 and {most} are read"))
             except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # broken, encrypted, an unknown method
                 yield Member(name, ImageError(key, f"cannot be read ({one_line(error)})"))
+            names.add(name)
 
 
 def read_member(opened: BinaryIO, file: str, name: str) -> bytes:
@@ -166,11 +227,12 @@ def read_member(opened: BinaryIO, file: str, name: str) -> bytes:
 
 
 def read_entries(
-    opened: BinaryIO, file: str, mode: Literal["r|*", "r:*"]
+    opened: BinaryIO, file: str, mode: Literal["r|*", "r:*"], on_link: Callable[[str], object] = lambda _: None
 ) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
     """Yield the name and the size of each file in an archive, and what reads it before the next is asked for.
 
     :param mode: Of ``tarfile``: reads a tar file from its start to its end, or seeks.
+    :param on_link: Called with the name of each link in a tar file.
     """
     if suffix_of(file) == ".zip":
         with zipfile.ZipFile(opened) as archive:
@@ -182,6 +244,8 @@ def read_entries(
             vars(tar)["members"].clear()  # or all headers stay in memory
             if member.isfile():
                 yield member.name, member.size, partial(_read_whole, tar, member)
+            elif member.islnk() or member.issym():
+                on_link(member.name)
 
 
 def _start(read: Callable[[], bytes], size: int, _: str) -> bytes:
@@ -197,4 +261,13 @@ def _read_whole(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
-KIND = Kind("archive", SUFFIXES, read_archive, "tarfile", "tables", settings=("exclude",), read_one=read_member)
+KIND = Kind(
+    "archive",
+    SUFFIXES,
+    read_archive,
+    "tarfile",
+    "tables",
+    settings=("exclude",),
+    read_one=read_member,
+    beside=table_beside,
+)

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 from cocoa_embed.errors import CocoaError, UsageError, printable
+from cocoa_embed.images.file_names import as_on_disk
 from cocoa_embed.images.find_files import (
     IMAGE_SUFFIXES,
     FolderSearch,
@@ -106,7 +107,7 @@ def file_sources(
     given = list(paths)
     if "" in given:
         raise UsageError("a path is empty; name a folder of images or an image file")
-    named = list(dict.fromkeys(Path(os.path.abspath(path)) for path in given))
+    named = list(dict.fromkeys(as_on_disk(Path(os.path.abspath(path))) for path in given))
     folders = {path for path in named if os.path.isdir(path)}
     outermost = [
         path for path in named if not any(is_searched(folder, path) for folder in folders.intersection(path.parents))
@@ -146,6 +147,11 @@ def undecode(key: str) -> str:
     return re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), key)
 
 
+def files_of(key: str) -> list[str]:
+    """Return the files that may hold the image of a key: a file, and the name of an image in it, may have ``#``."""
+    return [key[: sign.start()] for sign in re.finditer("#", key)]
+
+
 def is_deleted(key: str) -> bool:
     r"""Return whether there is certainly no file at a path, or no file that holds a shard's image.
 
@@ -156,9 +162,8 @@ def is_deleted(key: str) -> bool:
     if "://" in key:
         return False
     undecoded = undecode(key)
-    # A file may have these characters in its name, and the name of an image in a shard begins with a number sign.
-    shards = (undecoded[: sign.start()] for sign in re.finditer("#", undecoded))
-    for spelling in dict.fromkeys((key, undecoded, *shards)):
+    # A file may have the characters \udcNN in its name.
+    for spelling in dict.fromkeys((key, undecoded, *files_of(undecoded))):
         try:
             if stat.S_ISREG(os.stat(spelling).st_mode):
                 return False

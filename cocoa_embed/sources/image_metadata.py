@@ -92,16 +92,20 @@ class ImageMetadata:
             if (row := folder.row(str(image))) is not None:
                 merge(metadata, row)
                 source = source or folder.source
-        checked = frozenset(folder.source for folder in folders if folder.is_whole)
-        if "text" not in metadata and (text := self._text_beside(image)):
-            metadata["text"] = text[0]
-            source = source or text[1]
-        return Description(metadata, source, checked)
+        checked = {folder.source for folder in folders if folder.is_whole}
+        if "text" not in metadata and (beside := self._text_beside(image)):
+            text, file = beside
+            checked.add(file)
+            if text is not None:
+                metadata["text"] = text
+                source = source or file
+        return Description(metadata, source, frozenset(checked))
 
-    def _text_beside(self, image: Path) -> tuple[str, str] | None:
+    def _text_beside(self, image: Path) -> tuple[str | None, str] | None:
+        """Return the caption in a text file and the file; None if there is none, or it cannot be read."""
         try:
-            if (path := text_beside(image)) and (text := read_text(path)):
-                return text, str(path)
+            if path := text_beside(image):
+                return read_text(path), str(path)
         except RowError as error:
             self._note(error.source, error.reason)
         except OSError:  # the folder is gone, or cannot be listed: the image says so

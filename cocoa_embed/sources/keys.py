@@ -19,7 +19,7 @@ from cocoa_embed.images.urls import shown_address
 from cocoa_embed.sources.base import storable
 from cocoa_embed.sources.files import undecode
 from cocoa_embed.sources.open import local_path, named_kind
-from cocoa_embed.sources.remote import is_web, read_address
+from cocoa_embed.sources.remote import is_web, read_address, require_plain
 from cocoa_embed.sources.shard_files import Kind
 
 
@@ -41,8 +41,8 @@ def read_key(key: str, allowed_hosts: Sequence[str] = ()) -> bytes:
     """
     key, hosts = local_path(key), tuple(allowed_hosts)
     is_address = "://" in key
-    if is_address and "::" in key and not is_web(key):  # fsspec would follow it to any host of the web
-        raise ImageError(printable(key), "is an address inside of another one; give a plain address")
+    if is_address:
+        require_plain(key)
     for spelling in dict.fromkeys((key,) if is_address else (key, undecode(key))):
         if not is_address and os.path.lexists(spelling):
             return read_stable_file(Path(spelling))

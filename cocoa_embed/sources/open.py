@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
+from cocoa_embed.data.image_folder import METADATA_FILES, TEXT_SUFFIXES
 from cocoa_embed.data.places import Place, file_system, reading, suffix_of
 from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable, require
-from cocoa_embed.images.find_files import LIST_SUFFIX, split_pattern
+from cocoa_embed.images.file_names import as_on_disk
+from cocoa_embed.images.find_files import LIST_SUFFIX, FolderSearch, match_pattern, split_pattern
 from cocoa_embed.images.passed_over import PassedOver, first_bytes
 from cocoa_embed.sources import addresses, archives, documents, tables, videos
 from cocoa_embed.sources.addresses import first_address, require_host
@@ -24,8 +26,8 @@ from cocoa_embed.sources.shard_files import Kind, ShardFiles
 KINDS = {kind.name: kind for kind in (archives.KIND, tables.KIND, documents.KIND, videos.KIND)}
 """The kinds of files that hold images, by what ``--include`` calls them."""
 
-DATA_SET_MARKERS = ("state.json", "dataset_dict.json")
-"""In a folder that ``datasets`` has saved."""
+DATA_SET_FILES = {"state.json": "*.arrow", "dataset_dict.json": "*/*.arrow"}
+"""The tables of a folder that ``datasets`` has saved, by the file that marks it."""
 
 NO_OPTIONS = SourceOptions()
 """The defaults."""
@@ -56,10 +58,9 @@ def all_sources(
         raise UsageError(f"--include {name} is no kind of file {did_you_mean(name, [*KINDS])}")
     photographs: list[str] = []
     others: list[Source] = []
-    for place in places:
-        text = local_path(os.fspath(place))
+    for text in without_descriptions([local_path(os.fspath(place)) for place in places]):
         if "://" in text:
-            others += _open_address(text, options, passed_over, may_be_gone)
+            others += _open_address(text, options, on_error, passed_over, may_be_gone)
         else:
             has_photographs, found = _open_path(text, options, passed_over, may_be_gone)
             photographs += [text] * has_photographs
@@ -73,10 +74,9 @@ def _open_path(
     text: str, options: SourceOptions, passed_over: PassedOver, may_be_gone: bool
 ) -> tuple[bool, list[Source]]:
     """Return whether a local place gives photographs, or is to be refused with them; and the sources of what else."""
-    path = Path(os.path.abspath(text)) if text else Path()
+    path = as_on_disk(Path(os.path.abspath(text))) if text else Path()
     if os.path.isdir(path) and text:  # False for a folder that cannot be read, which the run reports
-        if any((path / marker).is_file() for marker in DATA_SET_MARKERS):
-            parts = (part for part in sorted(path.rglob("*.arrow")) if not part.name.startswith("cache-"))
+        if parts := saved_tables(path):
             return False, [shard_files([(part, tables.KIND) for part in parts], options, passed_over, str(path))]
         has_photographs, found = search(_files_below(path, passed_over), options, passed_over, str(path))
         others: list[Source] = [shard_files(found, options, passed_over, str(path))] if found else []
@@ -87,16 +87,21 @@ def _open_path(
         return True, []
     if os.path.lexists(path):
         return False, [shard_files([(path, kind)], options, passed_over)]
-    folder = os.path.abspath(split_pattern(Path(text))[0])
-    matches = [Path(os.path.abspath(name)) for name in sorted(glob.glob(text, recursive=True))]
-    matches = [path for path in matches if not passed_over.has_entry(str(path), folder, first_bytes)]
+    folder = str(split_pattern(path)[0])
+    matches = [each for each in match_pattern(path) if not passed_over.has_entry(str(each), folder, first_bytes)]
     if not matches and not may_be_gone:
         raise CocoaError(f"{printable(text)} does not exist, and nothing matches it as a pattern")
     found = [(match, kind) for match in matches]
     return False, [shard_files(found, options, passed_over, folder, kind.suffixes)]
 
 
-def _open_address(address: str, options: SourceOptions, passed_over: PassedOver, may_be_gone: bool) -> list[Source]:
+def _open_address(
+    address: str,
+    options: SourceOptions,
+    on_error: Callable[[str | Path, str], object],
+    passed_over: PassedOver,
+    may_be_gone: bool,
+) -> list[Source]:
     """Return the sources of a place on the web or on a remote file system.
 
     :raises CocoaError: If there is nothing.
@@ -110,19 +115,12 @@ def _open_address(address: str, options: SourceOptions, passed_over: PassedOver,
     with reading(address):
         system, path = file_system(address)
         system.invalidate_cache()
+        listed: dict[str, Any] = {}
         is_folder = not glob.has_magic(path) and system.isdir(path)
         if is_folder:
-            root, listed = system.unstrip_protocol(path).rstrip("/"), {}
+            root = system.unstrip_protocol(path).rstrip("/")
         else:
-            matches = system.glob(path, detail=True)
-            before, *pattern = re.split(r"[*?[]", path, maxsplit=1)
-            root = system.unstrip_protocol(before.rpartition("/")[0]) if pattern else ""
-            files = ((system.unstrip_protocol(name), info) for name, info in sorted(matches.items()))
-            listed = {
-                name: info
-                for name, info in files
-                if not passed_over.has_entry(name, root or name.rpartition("/")[0], remote_start)
-            }
+            root, listed = _match_remote(system, path, passed_over)
     images: dict[str, Any] | None
     if is_folder:
         names = (name for _, files in walk(root, passed_over) for name in sorted(files))
@@ -136,7 +134,41 @@ def _open_address(address: str, options: SourceOptions, passed_over: PassedOver,
     if images == {} and not found:
         raise CocoaError(f"{printable(address)} does not exist, or has no images; name a folder or file that has some")
     sources: list[Source] = [shard_files(found, options, passed_over, root or None)] if found else []
-    return sources if images == {} else [RemoteImages(root, passed_over, images), *sources]
+    return sources if images == {} else [RemoteImages(root, passed_over, images, on_error=on_error), *sources]
+
+
+def _match_remote(system: Any, path: str, passed_over: PassedOver) -> tuple[str, dict[str, Any]]:  # noqa: ANN401
+    """Return the address of the folder that a pattern begins with, empty for a file, and what matches, by address."""
+    matches = system.glob(path, detail=True)
+    before, *pattern = re.split(r"[*?[]", path, maxsplit=1)
+    root = system.unstrip_protocol(before.rpartition("/")[0]) if pattern else ""
+    files = ((system.unstrip_protocol(name), info) for name, info in sorted(matches.items()))
+    return root, {
+        name: info
+        for name, info in files
+        if not passed_over.has_entry(name, root or name.rpartition("/")[0], remote_start)
+    }
+
+
+def without_descriptions(texts: Sequence[str]) -> list[str]:
+    """Return places without the texts and metadata of images among them, as the ``photos/*`` of a shell has them."""
+    images = [os.path.abspath(text) for text in texts if is_image(text) and "://" not in text]
+    stems = {os.path.splitext(image)[0] for image in images}
+    folders = {os.path.dirname(image) for image in images}
+
+    def describes(text: str) -> bool:
+        stem, suffix = os.path.splitext(os.path.abspath(text))
+        folder, name = os.path.split(stem + suffix)
+        return (suffix.lower() in TEXT_SUFFIXES and stem in stems) or (name in METADATA_FILES and folder in folders)
+
+    return [text for text in texts if "://" in text or not describes(text)]
+
+
+def saved_tables(folder: Path) -> list[Path]:
+    """Return the tables of a data set that ``datasets`` has saved in a folder, without its cache; none in others."""
+    patterns = (pattern for marker, pattern in DATA_SET_FILES.items() if (folder / marker).is_file())
+    found = (part for pattern in patterns for part in folder.glob(pattern))
+    return sorted(part for part in found if not part.name.startswith("cache-"))
 
 
 def local_path(text: str) -> str:
@@ -202,10 +234,6 @@ def shard_files(
 
 
 def _files_below(folder: Path, passed_over: PassedOver) -> Iterator[Path]:
-    for path, folders, names in os.walk(folder):
-        if passed_over.has_cache(path, names, is_named=path == str(folder)):
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not passed_over.has_folder(path, name, str(folder)))
+    for path, names in FolderSearch(lambda *_: None, passed_over=passed_over).walk(str(folder)):
         # A photograph may be hidden; a hidden table or document is a program's.
         yield from (Path(path, name) for name in sorted(names) if is_image(name) or not name.startswith("."))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -12,12 +12,13 @@ from typing import Any
 
 from cocoa_embed.data.image_folder import METADATA_FILES
 from cocoa_embed.data.places import file_system, is_gone, mtime_of, open_binary, reading
-from cocoa_embed.errors import ImageError, one_line, printable
+from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images.find_files import IMAGE_SUFFIXES
 from cocoa_embed.images.http import Fetcher
 from cocoa_embed.images.load import check_size
 from cocoa_embed.images.passed_over import PassedOver
 from cocoa_embed.sources.base import Record, Shard
+from cocoa_embed.sources.files import files_of
 from cocoa_embed.sources.shard_files import is_below, json_values, relative_key
 from cocoa_embed.sources.tables import table_rows
 
@@ -36,19 +37,29 @@ class RemoteImages:
     """The images that were named, with what is known of them; None for all below the address."""
     allowed_hosts: tuple[str, ...] = ()
     """Where web addresses may be fetched."""
+    on_error: Callable[[str, str], object] = lambda source, reason: None
+    """Called with a file of metadata that cannot be read, and the reason."""
 
     def shards(self) -> Iterator[Shard]:
         """Yield the folders that hold images, each listed when its turn comes."""
         folders = walk(self.root, self.passed_over) if self.files is None else [(self.name, self.files)]
         described: dict[str, tuple[dict[str, Any], str]] = {}
+        checked: set[str] = set()
         for folder, files in folders:
-            described |= descriptions(folder, files)
+            checked = {source for source in checked if is_below(f"{folder}/", source.rpartition("/")[0])}
+            for source in (f"{folder}/{name}" for name in METADATA_FILES if f"{folder}/{name}" in files):
+                rows, is_whole = descriptions(folder, source, self.on_error)
+                described |= {address: (row, source) for address, row in rows.items()}
+                checked |= {source} if is_whole else set()
             images = {address: info for address, info in files.items() if self.files or self._is_found(address)}
             if images:
-                yield Shard(folder, partial(self._records, images, described))
+                yield Shard(folder, partial(self._records, images, described, frozenset(checked)))
 
     def _records(
-        self, files: dict[str, dict[str, Any]], described: Mapping[str, tuple[dict[str, Any], str]]
+        self,
+        files: dict[str, dict[str, Any]],
+        described: Mapping[str, tuple[dict[str, Any], str]],
+        checked: frozenset[str],
     ) -> Iterator[Record]:
         """Yield images, by address, with what is said about them; each is downloaded when it is read."""
         for address, info in sorted(files.items()):
@@ -62,6 +73,7 @@ class RemoteImages:
                 size=size if isinstance(size, int) else None,
                 metadata=metadata,
                 metadata_source=source,
+                checked_sources=checked,
             )
 
     def _is_found(self, address: str) -> bool:
@@ -74,7 +86,7 @@ class RemoteImages:
 
     def is_deleted(self, key: str) -> bool:
         """Return whether there is certainly no image at an address any more; False on the web."""
-        return not is_web(key) and all(is_gone(each) for each in {key, key.rpartition("#")[0] or key})
+        return not is_web(key) and all(map(is_gone, [key, *files_of(key)]))
 
     def covers(self, key: str) -> bool:
         """Return whether the key is below the address; where nothing is left, also in a file that was there."""
@@ -94,20 +106,28 @@ def remote_start(address: str) -> bytes:
     return b""
 
 
-def descriptions(folder: str, files: Iterable[str]) -> dict[str, tuple[dict[str, Any], str]]:
-    """Return what the metadata file of a folder says about images, by their addresses; and the file's address.
+def descriptions(
+    folder: str, source: str, on_error: Callable[[str, str], object]
+) -> tuple[dict[str, dict[str, Any]], bool]:
+    """Return what the metadata file of a folder says about images, by their addresses; and whether all rows are used.
 
-    :raises CocoaError: If it cannot be read.
+    :param source: The address of the file.
+    :param on_error: Called with it, if it cannot be read, and the reason.
     """
-    found: dict[str, tuple[dict[str, Any], str]] = {}
-    for source in (f"{folder}/{name}" for name in METADATA_FILES):
-        if source in files:
-            with reading(source):
-                for number, row in table_rows(source):
-                    if not (name := row.pop("file_name", None)):
-                        logger.warning("%s#%s has no file_name, and describes no image", printable(source), number)
-                    found[f"{folder}/{name}"] = json_values(row), source
-    return found
+    found: dict[str, dict[str, Any]] = {}
+    is_whole = True
+    try:
+        with reading(source):
+            for number, row in table_rows(source):
+                if name := row.pop("file_name", None):
+                    found[f"{folder}/{name}"] = json_values(row)
+                else:
+                    is_whole = False
+                    logger.warning("%s#%s has no file_name, and describes no image", printable(source), number)
+    except CocoaError as error:
+        is_whole = False
+        on_error(source, str(error))
+    return found, is_whole
 
 
 def walk(root: str, passed_over: PassedOver) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
@@ -143,11 +163,21 @@ def _fetcher(allowed_hosts: tuple[str, ...]) -> Fetcher:
     return Fetcher(allowed_hosts)
 
 
+def require_plain(address: str) -> None:
+    """Check that an address is on the web, or is not chained, which ``fsspec`` would follow to any host of the web.
+
+    :raises ImageError: If it is.
+    """
+    if "::" in address and not is_web(address):
+        raise ImageError(printable(address), "is an address inside of another one; give a plain address")
+
+
 def read_address(address: str, allowed_hosts: tuple[str, ...]) -> bytes:
     """Return the bytes of an image on the web or on a remote file system.
 
     :raises ImageError: If it cannot be read, or is too large.
     """
+    require_plain(address)
     if is_web(address):
         return _fetcher(allowed_hosts).fetch(address)
     try:

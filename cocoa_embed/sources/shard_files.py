@@ -11,11 +11,12 @@ from functools import cached_property, partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
+from cocoa_embed.data.image_folder import without_blank_texts
 from cocoa_embed.data.places import Place, is_gone, modified_at, version_of
 from cocoa_embed.errors import CocoaError, ImageError, MissingExtraError, one_line, printable
 from cocoa_embed.images.passed_over import PassedOver
 from cocoa_embed.sources.base import Record, Shard, SourceOptions, storable
-from cocoa_embed.sources.files import is_deleted
+from cocoa_embed.sources.files import files_of, is_deleted
 
 RECORDS_AHEAD = 16
 """Records that are read before they are asked for."""
@@ -39,6 +40,8 @@ class Kind(NamedTuple):
     read_one: Callable[[BinaryIO, str, str], bytes] | None = None
     """Returns the bytes of one image: of the opened file, of this key, the image of this name. None if the images are
     not in the file."""
+    beside: Callable[[Place], Place | None] | None = None
+    """Returns the place of another file that describes the images, if there may be one."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,26 @@ class ShardFile:
 
     @property
     def version(self) -> str:
-        """Changes with the file and with the settings that concern it; empty if its images have their own versions."""
+        """Changes with the file, with one that describes it, and with the settings that concern it.
+
+        Empty if its images have their own versions.
+        """
         if not self.kind.is_versioned:
             return ""
         try:
             settings = [str(getattr(self.options, name)) for name in self.kind.settings]
-            return ":".join([*version_of(self.place)[1:], *settings])
+            return ":".join([*version_of(self.place)[1:], *settings, *self._version_beside()])
         except CocoaError:  # reading it gives the reason
             return "missing"
+
+    def _version_beside(self) -> tuple[str, ...]:
+        beside = None if self.kind.beside is None else self.kind.beside(self.place)
+        try:
+            return () if beside is None else version_of(beside)[1:]
+        except CocoaError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return ()
+            raise
 
     @cached_property
     def mtime(self) -> float:
@@ -91,6 +106,7 @@ class ShardFile:
 
     def _read(self) -> Generator[Record]:
         good = 0
+        self.passed_over.unread.discard(self.key)
         try:
             for record in self.kind.read(self):
                 yield record
@@ -116,6 +132,7 @@ class ShardFile:
             shard=self.key,
             metadata=json_values(metadata),
             metadata_source=self.key if metadata else None,
+            checked_sources=frozenset({self.key}),
         )
 
 
@@ -140,18 +157,24 @@ class ShardFiles:
         """Yield the files in order."""
         for place, kind in self.files:
             file = ShardFile(place, relative_key(str(place), self.root), kind, self.options, self.passed_over)
+            if "exclude" in kind.settings:
+                self.passed_over.unread.add(file.key)
             yield Shard(file.key, file.records, file.version)
 
     def covers(self, key: str) -> bool:
         """Return whether the key is that of an image in one of the files, or in one that could be among them."""
-        file, mark, _ = key.rpartition("#")
-        if not mark or any(file == storable(str(place)) for place, _ in self.files):
-            return bool(mark)
-        return self.root is not None and is_below(file, storable(self.root)) and file.lower().endswith(self.suffixes)
+        files = files_of(key)
+        if any(storable(str(place)) in files for place, _ in self.files):
+            return True
+        root = None if self.root is None else storable(self.root)
+        return root is not None and any(is_below(each, root) and each.lower().endswith(self.suffixes) for each in files)
 
     def is_deleted(self, key: str) -> bool:
         """Return whether there is certainly no file any more that has had the image."""
-        return is_deleted(key) or is_gone(key.rpartition("#")[0])
+        if "://" not in key:
+            return is_deleted(key)
+        files = files_of(key)
+        return files != [] and all(map(is_gone, files))
 
 
 def is_below(key: str, root: str) -> bool:
@@ -168,9 +191,10 @@ def relative_key(key: str, root: str | None) -> str:
 def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values as JSON has them: dates become strings, numbers that are not finite null; bytes are left out.
 
-    A ``caption`` without a ``text`` beside it is the text.
+    A ``caption`` without a ``text`` beside it is the text; one that is null or blank is none.
     """
     kept = {name: value for name, value in values.items() if not isinstance(value, bytes | bytearray)}
+    kept = without_blank_texts(kept)
     if "text" not in kept and isinstance(kept.get("caption"), str):
         kept["text"] = kept.pop("caption")
     result: dict[str, Any] = json.loads(json.dumps(kept, default=str), parse_constant=lambda _: None)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cocoa_embed.data.places import Place, open_binary, open_text, suffix_of
@@ -36,18 +36,23 @@ def read_table(file: ShardFile) -> Iterator[Record]:
     :raises Exception: If it cannot be read to its end.
     """
     first = 0
-    columns: list[str] | None = None
+    named: list[str] | None = None
+    later, empty = list[str](), list[str]()
     for batch in batches(file.place):
-        columns = image_columns(batch) if columns is None else columns
-        if not columns:
+        if named is None:
+            named = image_columns(batch)
+            empty = empty_columns(batch, named)
+        if not named:
             raise ImageError(file.key, f"has no images (columns: {', '.join(batch.schema.names)}); a column of images"
                              " has bytes, or {bytes, path}")  # fmt: skip
-        others = [name for name in batch.schema.names if name not in columns]
+        later += [name for name in empty if _begins_with_image(batch[name])]
+        empty = [name for name in empty if _first_content(batch[name]) is None]
+        others = [name for name in batch.schema.names if name not in (*named, *later)]
         for number, row in enumerate(batch.select(others).to_pylist(), first):
-            for column in columns:
+            for column in (*named, *later):
                 cell = batch[column][number - first].as_py()
                 for place, (content, path) in enumerate(_images(cell, file.key)):
-                    name = _name(number, column if len(columns) > 1 else "", place)
+                    name = _name(number, "" if named == [column] else column, place)
                     yield file.make_record(name, content, {**row, **({"file_name": path} if path else {})})
         first += batch.num_rows
 
@@ -60,34 +65,42 @@ def read_cell(opened: BinaryIO, file: str, name: str) -> bytes:
     """
     key = printable(f"{file}#{name}")
     digits = re.match(r"\d+", name)
-    row = {} if digits is None else image_cells(opened, file, int(digits[0]))
+    named, row = ([], {}) if digits is None else image_cells(opened, file, int(digits[0]))
     for column, cell in row.items():
         for place, (content, _) in enumerate(_images(cell, key)):
-            if digits is not None and name == _name(int(digits[0]), column if len(row) > 1 else "", place):
+            if digits is not None and name == _name(int(digits[0]), "" if named == [column] else column, place):
                 return give(content)
     raise ImageError(key, "is no image in the table")
 
 
-def image_cells(opened: BinaryIO, file: str, number: int) -> dict[str, Any]:
-    """Return what a row has in the columns of images, by column; nothing if there is no such row."""
+def image_cells(opened: BinaryIO, file: str, number: int) -> tuple[list[str], dict[str, Any]]:
+    """Return the columns that begin with images, and what a row has in them and in those that begin empty, by column.
+
+    There is nothing if there is no such row.
+    """
     import pyarrow.parquet as parquet
 
-    first, columns = 0, None
+    first, named, columns = 0, list[str](), None
     if suffix_of(file) == ".parquet":
         table = parquet.ParquetFile(opened, buffer_size=BUFFER_BYTES)
-        names = [field.name for field in table.schema_arrow if _holds_bytes(field.type)]
-        columns = names if len(names) < 2 else image_columns(next(table.iter_batches(ROWS_AT_ONCE, columns=names)))
+        named = columns = [field.name for field in table.schema_arrow if _holds_bytes(field.type)]
+        if len(columns) > 1:
+            beginning = next(table.iter_batches(ROWS_AT_ONCE, columns=columns))
+            named = image_columns(beginning)
+            columns = [*named, *empty_columns(beginning, named)]
         starts = [0, *accumulate(table.metadata.row_group(group).num_rows for group in range(table.num_row_groups))]
         group = max(0, bisect_right(starts[:-1], number) - 1)
         first, rows = starts[group], table.iter_batches(ROWS_AT_ONCE, [group], columns)
     else:
         rows = batches_of(opened, file)
     for batch in rows:
-        columns = image_columns(batch) if columns is None else columns
+        if columns is None:
+            named = image_columns(batch)
+            columns = [*named, *empty_columns(batch, named)]
         if number < first + batch.num_rows:
-            return {column: batch[column][number - first].as_py() for column in columns}
+            return named, {column: batch[column][number - first].as_py() for column in columns}
         first += batch.num_rows
-    return {}
+    return [], {}
 
 
 def batches(place: Place) -> Iterator[pa.RecordBatch]:
@@ -162,12 +175,23 @@ def image_columns(batch: pa.RecordBatch) -> list[str]:
     return [name for name in names if _begins_with_image(batch[name])] or names
 
 
+def empty_columns(batch: pa.RecordBatch, named: Collection[str]) -> list[str]:
+    """Return the other columns that may hold the bytes of images, and hold none yet: those of optional images."""
+    others = (field.name for field in batch.schema if _holds_bytes(field.type) and field.name not in named)
+    return [name for name in others if _first_content(batch[name]) is None]
+
+
 def _begins_with_image(cells: pa.Array) -> bool:
-    first = next(chain.from_iterable(_images(cell.as_py(), "") for cell in cells), None)
+    content = _first_content(cells)
     try:
-        return first is not None and isinstance(first[0], bytes) and image_size(first[0], "") is not None
+        return content is not None and image_size(content, "") is not None
     except ImageError:
         return False
+
+
+def _first_content(cells: pa.Array) -> bytes | None:
+    contents = (content for cell in cells for content, _ in _images(cell.as_py(), ""))
+    return next((content for content in contents if isinstance(content, bytes)), None)
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -3,6 +3,7 @@ import pickle
 from pathlib import Path
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pytest
 from datasets import Dataset, Features
@@ -10,6 +11,7 @@ from table_files import png, write_table
 
 from cocoa_embed.data.arrow_table import ArrowTable
 from cocoa_embed.data.rows import ArrowImage, Row
+from cocoa_embed.data.tables import find_files, open_table
 from cocoa_embed.errors import ImageError
 from cocoa_embed.train.data.rows import load_row_image
 from cocoa_embed.train.data.sources import read_subset
@@ -63,3 +65,15 @@ def test_images_inside_tables_have_the_limits_of_image_files(tmp_path: Path, mon
     monkeypatch.setattr("cocoa_embed.images.load.MAX_IMAGE_BYTES", 20)
     with pytest.raises(ImageError, match=r"rows\.parquet, row 1, query_image: is too large"):
         arrow_image(good).read()
+
+
+@pytest.mark.parametrize("root", ["", "memory://bracketed"])
+def test_a_file_whose_name_looks_like_a_pattern_is_read_itself(tmp_path: Path, root: str) -> None:
+    for name, text in {"photos [1]/rows[1].parquet": "right", "photos [1]/rows1.parquet": "wrong"}.items():
+        content = write_table(tmp_path / name, [{"text": text}]).read_bytes()
+        if root:
+            fsspec.filesystem("memory").pipe(f"/bracketed/{name}", content)
+    named = [file for file in find_files(f"{root or tmp_path}/photos*/*.parquet") if "rows[1]" in str(file)]
+    assert [list(open_table(file).read(["text"])) for file in named] == [[(f"{named[0]}, row 1", {"text": "right"})]]
+    if not root:
+        assert len(find_files(f"{tmp_path}/photos [1]/*.parquet")) == 2, "a folder that exists is no pattern"

@@ -150,3 +150,12 @@ def test_metadata_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:
         find_metadata(tmp_path)
     with pytest.raises(CocoaError, match="nowhere does not exist; give a folder of images"):
         find_metadata(tmp_path / "nowhere")
+
+
+def test_a_text_file_has_its_suffix_in_either_case(tmp_path: Path) -> None:
+    for name in ("IMG_1.JPG", "IMG_2.JPG", "img_3.png"):
+        (tmp_path / name).touch()
+    for name, text in {"IMG_1.TXT": "one", "IMG_2.Txt": "no", "IMG_2.txt": "two", "img_3.CAPTION": "three"}.items():
+        (tmp_path / name).write_text(text)
+    assert find_metadata(tmp_path) == tmp_path
+    assert [row.text for row in read_metadata(tmp_path) if isinstance(row, DescribedImage)] == ["one", "two", "three"]

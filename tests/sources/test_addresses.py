@@ -1,6 +1,7 @@
 """Lists and tables of web addresses are fetched from allowed hosts; other addresses as their file systems say."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import fsspec
 import pytest
@@ -41,6 +42,21 @@ def test_a_list_of_addresses_is_read_line_by_line(tmp_path: Path) -> None:
     assert [*found.contents.values()] == [png(1), png(7)]
     assert found.faults[0] == "https://other.test/2: is not among the allowed hosts"
     assert found.faults[1] == f"{tmp_path / 'list.txt'}#6: has 'a.png' instead of an address"
+
+
+def test_a_list_leads_neither_to_this_machine_nor_around_the_allowed_hosts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.png").write_bytes(png(1))
+    monkeypatch.setattr("fsspec.core.url_to_fs", Mock(side_effect=AssertionError("asked")))
+    monkeypatch.setattr("fsspec.open", Mock(side_effect=AssertionError("opened")))
+    local = [f"{protocol}://{tmp_path}/x.png" for protocol in ("file", "local", "c", "")]
+    inside = [f"simplecache::{address}" for address in ("http://127.0.0.1/x.png", "https://photos.test/1")]
+    hosts = [f"{protocol}://127.0.0.1/x.png" for protocol in ("ftp", "sftp", "smb", "webhdfs")]
+    write_table(tmp_path / "rows.csv", [{"url": address} for address in (*local, *hosts, *inside)])
+    found = read_uncovered(tmp_path / "rows.csv")
+    assert found.contents == {}
+    assert [fault.partition(": is ")[2][:12] for fault in found.faults] == ["read from no"] * 8 + ["an address i"] * 2
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet"])

@@ -2,12 +2,19 @@
 
 import io
 import json
+import tarfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from source_files import parquet_file, read, tar
 from table_files import png
+
+from cocoa_embed.errors import ImageError
+from cocoa_embed.images.passed_over import PassedOver
+from cocoa_embed.sources import archives
+from cocoa_embed.sources.open import all_sources
 
 SAMPLES = [
     (f"part/{number:03}.{suffix}", content)
@@ -113,3 +120,67 @@ def test_the_version_of_an_archive_changes_with_the_file_alone(tmp_path: Path) -
     (after,) = read(path).versions.values()
     assert before == again != after
     assert excluding != before, "other patterns, other images"
+
+
+def test_a_text_of_the_whole_name_of_an_image_describes_no_other_of_its_sample(tmp_path: Path) -> None:
+    members = {
+        **{f"2024.0{number}.png": png(number) for number in (1, 2, 3)},
+        **{f"2024.0{number}.txt": b"%d" % number for number in (1, 2)},
+        "2024.json": b'{"album": "x", "text": null}',
+        **{"b.left.png": png(4), "b.txt": b"b"},
+    }
+    (tmp_path / "a.tar").write_bytes(tar(members.items()))
+    assert read(tmp_path / "a.tar").metadata == {
+        "a.tar#2024.01.png": {"text": "1", "album": "x"},
+        "a.tar#2024.02.png": {"text": "2", "album": "x"},
+        "a.tar#2024.03.png": {"album": "x"},
+        "a.tar#b.left.png": {"text": "b"},
+    }
+
+
+def test_a_sample_of_many_images_is_not_in_memory_at_once_and_keeps_the_texts_of_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(archives, "MAX_SAMPLE_BYTES", 100)
+    names = [f"2024.{number:03}.{suffix}" for number in range(40) for suffix in ("png", "txt")]
+    found = [*archives.samples(archives.Member(name, b"x" * 25) for name in names)]
+    assert [member.name for sample in found for member in sample] == names
+    assert max(len(sample) for sample in found) == 6
+    assert {sample[0].suffix for sample in found} == {".png"}
+
+
+def test_a_corrected_table_beside_an_archive_is_another_version_of_it(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(tar([("1.png", png(1))]))
+    alone = read(tmp_path / "0.tar").versions
+    (tmp_path / "0.parquet").write_bytes(parquet_file([{"key": "1", "caption": "wrong"}]))
+    wrong, again = (read(tmp_path / "0.tar").versions for _ in range(2))
+    (tmp_path / "0.parquet").write_bytes(parquet_file([{"key": "1", "caption": "corrected"}]))
+    right = read(tmp_path / "0.tar")
+    assert len({*alone.values(), *wrong.values(), *right.versions.values()}) == 3
+    assert wrong == again
+    assert right.metadata["0.tar#1.png"]["text"] == "corrected"
+
+
+def test_an_archive_that_is_whole_is_known_to_describe_an_image_no_more(tmp_path: Path) -> None:
+    whole = tar([("1.png", png(1)), ("2.png", png(2)), ("2.txt", b"two")])
+    for content, expected in (whole, [True, True]), (whole[: len(png(2)) + 2048], [True, False]):
+        (tmp_path / "a.tar").write_bytes(content)
+        (shard,) = all_sources([tmp_path / "a.tar"])[0].shards()
+        records = []
+        with suppress(ImageError):
+            records.extend(shard.records())
+        assert [record.checked_sources == {str(tmp_path / "a.tar")} for record in records] == expected
+
+
+def test_a_name_that_is_twice_in_an_archive_is_a_fault_and_a_link_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar([("x.png", png(1)), ("x.png", png(2)), ("y.png", png(3))]))
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        for name, kind in (("hard.png", tarfile.LNKTYPE), ("symbolic.png", tarfile.SYMTYPE), ("link", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "x.png"
+            archive.addfile(link)
+    passed_over = PassedOver()
+    found = read(all_sources([tmp_path / "a.tar"], passed_over=passed_over))
+    assert [*found.contents.values()] == [png(1), png(3)]
+    assert [fault.partition("#")[2][:30] for fault in found.faults] == ["x.png: is in the archive twice"]
+    assert passed_over.counts == {"link in an archive": 2}

@@ -98,3 +98,15 @@ def test_a_member_of_a_strange_size_is_a_fault_unless_it_is_excluded(tmp_path: P
     (tmp_path / "a.tar").write_bytes(tar(members))
     faults = read(tmp_path / "a.tar", exclude=("drafts/",)).faults
     assert [fault.partition("#")[2][:7] for fault in faults] == ["._x.png"]
+
+
+def test_a_pattern_may_match_in_an_archive_that_is_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.tar").write_bytes(tar([("x.png", png(1))]))
+    passed_over = PassedOver(["small/"])
+    (source,) = all_sources([tmp_path / "a.tar"], SourceOptions(exclude=("small/",)), passed_over=passed_over)
+    (shard,) = source.shards()
+    passed_over.warn_of_unused()
+    assert not caplog.text
+    list(shard.records())
+    passed_over.warn_of_unused()
+    assert "--exclude small/: nothing matches it" in caplog.text

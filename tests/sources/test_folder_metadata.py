@@ -26,7 +26,8 @@ def test_text_files_describe_images_that_no_row_gives_a_text(tmp_path: Path) -> 
     assert [each.metadata for each in found] == expected
     names = [each.source and Path(each.source).name for each in found]
     assert names == ["metadata.jsonl", "metadata.jsonl", "c.txt", None]
-    assert {each.checked_sources for each in found} == {frozenset({str(tmp_path / "metadata.jsonl")})}
+    checked = [{Path(source).name for source in each.checked_sources} for each in found]
+    assert checked == [{"metadata.jsonl", *texts} for texts in ((), ("b.txt",), ("c.txt",), ("d.txt",))]
 
 
 def test_all_captions_of_an_image_are_lines_and_the_first_of_other_columns_counts(tmp_path: Path) -> None:
@@ -74,3 +75,21 @@ def test_the_metadata_of_a_large_folder_are_not_in_memory(tmp_path: Path) -> Non
     tracemalloc.stop()
     assert found.row(str(tmp_path / "99.png")) == {"notes": "99" * 10_000}
     assert held < 200_000, "2 MB were added"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_text_that_is_null_or_blank_is_none(tmp_path: Path, kind: str) -> None:
+    write_images(tmp_path, "abcd")
+    blank = " " if kind == "jsonl" else None
+    rows = [
+        {"file_name": "a.png", "text": "one", "caption": None, "captions": None},
+        {"file_name": "a.png", "text": blank, "caption": None, "captions": None},
+        {"file_name": "b.png", "text": blank, "caption": "two", "captions": None},
+        {"file_name": "c.png", "text": blank, "caption": blank, "captions": ["three", "four"]},
+        {"file_name": "d.png", "text": blank, "caption": None, "captions": None},
+    ]
+    write_table(tmp_path / f"metadata.{kind}", rows)
+    (tmp_path / "d.txt").write_text("five")
+    found = described(tmp_path, *(f"{name}.png" for name in "abcd"))
+    assert [each.metadata["text"] for each in found] == ["one", "two", "three\nfour", "five"]
+    assert not any("caption" in each.metadata for each in found)

@@ -1,7 +1,9 @@
 """A place stands for what it looks like."""
 
 from pathlib import Path
+from unicodedata import normalize
 
+import fsspec
 import pytest
 from source_files import parquet_file, pdf, read, tar, video
 from table_files import png
@@ -70,3 +72,69 @@ def test_photographs_are_left_to_the_local_files(folder: Path) -> None:
     assert {path for source in sources if isinstance(source, FileSource) for path in source.paths} == {*places}
     with pytest.raises(UsageError, match="a path is empty"):
         all_sources(["", *places])
+
+
+def test_a_part_of_a_pattern_that_exists_is_no_pattern(tmp_path: Path) -> None:
+    (tmp_path / "s[1]").mkdir()
+    (tmp_path / "s[1]" / "a.tar").write_bytes(tar([("x.png", png(1))]))
+    (tmp_path / "s[1]" / "b.png").write_bytes(png(2))
+    assert [*read(f"{tmp_path}/s[1]/*.tar").contents.values()] == [png(1)]
+    assert [*read(f"{tmp_path}/s[1]/*.png").contents.values()] == [png(2)]
+
+
+def test_photographs_behind_a_link_are_photographs_and_a_loop_ends(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "old.zip.tar").write_bytes(tar([("y.png", png(4))]))
+    (tmp_path / "in" / "disk").symlink_to(tmp_path / "disk")
+    places = ["a.tar#x.png", "b.parquet#0", "c.PDF#page=1", "disk/old.zip.tar#y.png"]
+    assert sorted(read(folder / "in").contents) == places, "of other files, too"
+    (tmp_path / "disk" / "photo.png").write_bytes(png(3))
+    assert read(folder / "in").contents == {"disk/photo.png": png(3)}
+
+
+@pytest.mark.parametrize("marker", ["state.json", "dataset_dict.json"])
+def test_a_file_named_as_the_marker_of_a_data_set_makes_none(tmp_path: Path, marker: str) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / marker).write_text("{}")
+    assert read(tmp_path).contents == {"a.png": png(1)}
+
+
+@pytest.mark.parametrize("may_be_gone", [False, True])
+def test_a_folder_is_found_however_its_accents_are_composed(tmp_path: Path, may_be_gone: bool) -> None:
+    composed, on_disk = (tmp_path / normalize(form, "été") for form in ("NFC", "NFD"))
+    (on_disk / "sub").mkdir(parents=True)
+    (on_disk / "sub" / "x.png").write_bytes(png(1))
+    assert not composed.exists()
+    (source,) = all_sources([composed], may_be_gone=may_be_gone)
+    assert source.covers(f"{on_disk}/gone.png")
+    assert read([source]).contents == {"sub/x.png": png(1)}
+    (on_disk / "sub" / "x.png").rename(on_disk / "y.png")
+    (on_disk / "a.tar").write_bytes(tar([("x.png", png(2))]))
+    for place in (f"{composed}/a.tar", f"{composed}/*.tar"):
+        assert [*read(all_sources([place], may_be_gone=may_be_gone)).contents] == ["a.tar#x.png"]
+    (on_disk / "y.png").unlink()
+    assert [*read(composed).contents] == ["a.tar#x.png"]
+
+
+def test_an_image_in_a_shard_may_have_a_number_sign_in_its_name(folder: Path) -> None:
+    fsspec.filesystem("memory").pipe("/signs/a.tar", tar([("x#1.png", png(1))]))
+    (folder / "in" / "a.tar").write_bytes(tar([("x#1.png", png(1))]))
+    for root in (f"{folder}/in", "memory:///signs"):
+        for place in (root, f"{root}/a.tar"):
+            (source,) = all_sources([place])
+            assert source.covers(f"{root}/a.tar#x#1.png")
+            assert not source.is_deleted(f"{root}/a.tar#x#1.png")
+            assert source.covers(f"{root}/b.tar#x#1.png") == (place == root)
+            assert source.is_deleted(f"{root}/b.tar#x#1.png")
+
+
+def test_what_describes_a_named_image_is_neither_a_list_nor_a_table(tmp_path: Path) -> None:
+    """As the ``photos/*`` of a shell names them all."""
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / "a.txt").write_text("a ring\nin red")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "n": 1}')
+    found = read(all_sources(sorted(tmp_path.iterdir())))
+    assert (found.metadata, found.faults) == ({"a.png": {"text": "a ring\nin red", "n": 1}}, [])
+    (tmp_path / "a.txt").write_text("a.png\n")
+    assert [*read(tmp_path / "a.txt").contents] == ["a.png"], "alone, it is a list"

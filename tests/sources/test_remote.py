@@ -78,12 +78,25 @@ def test_the_metadata_of_a_folder_describe_its_images(
     system.pipe(path, content)
     assert read(f"{root}/photos").metadata == {"a.png": {}, "b/c.PNG": {"text": "a caption", "licence": "CC0"}}
     system.pipe(path, b"{" if name == "metadata.jsonl" else b"text\nalone\n")
+    faults: list[str] = []
+    found = read(all_sources([f"{root}/photos"], on_error=lambda place, reason: faults.append(f"{place}: {reason}")))
+    assert (len(found.contents), any(found.metadata.values())) == (2, False)
     if name == "metadata.parquet":
-        with pytest.raises(CocoaError, match=r"metadata\.parquet cannot be read"):
-            read(f"{root}/photos")
+        assert "metadata.parquet: " in faults[0]
+        assert "cannot be read" in faults[0]
     else:
-        assert not any(read(f"{root}/photos").metadata.values())
         assert f"{name}#0 has no file_name" in caplog.text
+
+
+def test_metadata_that_are_read_whole_are_known_to_describe_an_image_no_more(root: str) -> None:
+    system, path = fsspec.core.url_to_fs(f"{root}/photos")
+    for row, is_checked in (b'{"file_name": "a.png", "text": "a"}', True), (b'{"file_name": "x"}', True), (b"{", False):
+        system.pipe(f"{path}/metadata.jsonl", row)
+        (source,) = all_sources([f"{root}/photos"])
+        records = [record for shard in source.shards() for record in shard.records()]
+        expected = {f"{root}/photos/metadata.jsonl"} if is_checked else set()
+        assert [record.checked_sources for record in records] == [expected] * 2, "also in a folder below"
+    system.rm(f"{path}/metadata.jsonl")
 
 
 def test_files_and_patterns_are_taken_as_they_are_named(root: str) -> None:

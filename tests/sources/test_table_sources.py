@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 from source_files import parquet_file, read
 from table_files import png
 
 from cocoa_embed.sources import tables
+from cocoa_embed.sources.keys import read_key
 
 
 def test_rows_are_named_by_their_numbers_and_described_by_the_other_columns(
@@ -78,3 +81,30 @@ def test_a_data_set_that_datasets_has_saved_is_read_without_its_cache(tmp_path: 
     assert sorted(found.contents.values()) == sorted([png(0), *(png(n) for n in range(5))])
     assert len(found.versions) == 3
     assert {values["label"] for values in found.metadata.values()} == {0, 1}
+
+
+def test_a_caption_beside_a_text_that_is_null_is_the_text(tmp_path: Path) -> None:
+    rows = [{"image": png(1), "text": text, "caption": "c"} for text in (None, " ", "t")]
+    (tmp_path / "rows.parquet").write_bytes(parquet_file([*rows, {"image": png(1), "text": None, "caption": None}]))
+    metadata = [*read(tmp_path / "rows.parquet").metadata.values()]
+    assert metadata == [{"text": "c"}, {"text": "c"}, {"text": "t", "caption": "c"}, {}]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_column_of_optional_images_may_begin_empty(tmp_path: Path, suffix: str) -> None:
+    """The names of the images of the other column are those of a table without it."""
+    count = tables.ROWS_AT_ONCE + 2
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    second = [None] * (count - 2) + [{"bytes": png(2), "path": None}, None]
+    mask = pa.array([None] * (count - 1) + [b"no image"])
+    columns = {"image": [png(1)] * count, "second": pa.array(second, kind), "mask": mask, "n": range(count)}
+    table, place = pa.table({**columns, "n": [*range(count)]}), tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        parquet.write_table(table, place)
+    else:
+        with pa.ipc.new_file(place, table.schema) as writer:
+            writer.write_table(table)
+    found = read(place)
+    names = [f"rows.{suffix}#{name}" for name in (*range(count - 1), f"{count - 2}:second", count - 1)]
+    assert [*found.contents] == names
+    assert all(read_key(f"{tmp_path}/{name}") == content for name, content in [*found.contents.items()][-3:])
