@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cocoa_embed.encode.devices import open_encoder
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, UsageError, one_line, require
 from cocoa_embed.integrations.qdrant.shards.embed import EmbedSummary, Part, embed_part, sign
@@ -55,15 +56,17 @@ def embed_on_ray(
     :param address: The address of a cluster; ``auto`` is the one on this machine. None starts Ray for this run alone.
     :param actors: How many actors embed; None takes one for each GPU, or for each core if there are none.
     :param embedder: The class of the actors.
-    :raises CocoaError: If the cluster cannot be reached, or an actor fails.
+    :raises CocoaError: If the folder has embeddings of another model, the cluster cannot be reached, or an actor fails.
     """
     ray_data = require("ray.data", "ray")
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     if fixed := {"device", "devices"} & given.keys():
         raise UsageError(f"--{min(fixed)} and --ray were given together; Ray chooses the device of each actor")
     every = list(planned)
-    yield from (each for each in every if isinstance(each, EmbedSummary))
     waiting = [{"part": pickle.dumps(each)} for each in every if isinstance(each, Part)]
+    if not waiting:  # no actor compares the model with that of the folder
+        sign(folder, open_encoder(model, **given))
+    yield from (each for each in every if isinstance(each, EmbedSummary))
     if not waiting:
         return
     ray = _start(address)
@@ -90,7 +93,7 @@ def embed_on_ray(
 def _start(address: str | None) -> Any:  # noqa: ANN401
     """Connect to a cluster, or start Ray on this machine, reachable from it alone and without usage statistics.
 
-    :raises CocoaError: If there is no cluster.
+    :raises CocoaError: If there is no cluster, or Ray cannot be started.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -99,7 +102,8 @@ def _start(address: str | None) -> Any:  # noqa: ANN401
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **alone)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise CocoaError(f"there is no Ray cluster at {address} ({one_line(error)})") from error
+        failed = f"there is no Ray cluster at {address}" if address else "Ray cannot be started"
+        raise CocoaError(f"{failed} ({one_line(error)})") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray

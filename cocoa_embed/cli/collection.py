@@ -110,10 +110,12 @@ def forget(
 ) -> dict[str, Any]:
     """Remove images from an index, whether they exist or not. Copies elsewhere stay in it."""
     with reading(collection, storage) as store:
+        from cocoa_embed.integrations.qdrant.indexing.manifest import open_manifest
         from cocoa_embed.integrations.qdrant.indexing.prune import forget as forget_paths
 
-        store.require_signature()
-        forgotten = forget_paths(store, paths)
+        fingerprint = store.require_signature().fingerprint
+        with contextlib.closing(open_manifest(store.place, collection, fingerprint)) as manifest:
+            forgotten = forget_paths(store, manifest, paths)
         store.finish()
         for name, count in forgotten.images.items():
             say(f"{printable(name)}: {count} images forgotten" if count else f"{printable(name)}: not indexed")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -98,7 +98,7 @@ def check_out(out: str) -> None:
 
     :raises CocoaError: If they are.
     """
-    if Path(out).is_file():
+    if os.path.isfile(out):  # False for a name that is too long, which writing explains
         raise CocoaError(f"{printable(out)} is a file; give the name of a folder to write to")
 
 

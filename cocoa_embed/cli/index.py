@@ -15,7 +15,6 @@ import typer
 from cocoa_embed.cli import options
 from cocoa_embed.cli.output import check_all, say, say_left_out, say_passed_over, working
 from cocoa_embed.cli.storage import Backend, CollectionOption, Storage, open_indexer, storage_checks
-from cocoa_embed.folders import refuse_foreign_folder
 
 if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant.indexer import IndexSummary
@@ -52,7 +51,7 @@ def index(
     other_files: options.OtherFiles,
 ) -> dict[str, Any]:
     """Embed images and store them in Qdrant. Unchanged files are skipped by size and mtime."""
-    from cocoa_embed.images.passed_over import THUMBNAILS_MARKER
+    from cocoa_embed.integrations.qdrant.indexing.thumbnails import check_folder
     from cocoa_embed.model.loading import check_model
 
     settings = {"dimension": dimension, "embed": embed, **vars(backend), **devices.arguments(), **vars(loading)}
@@ -61,7 +60,7 @@ def index(
         *storage_checks(collection, storage, backend),
         *([] if prune or prune_all else source_checks(paths, sources)),
         lambda: check_model(model),
-        *([] if thumbnails is None else [partial(refuse_foreign_folder, thumbnails, marker=THUMBNAILS_MARKER)]),
+        *([] if thumbnails is None else [partial(check_folder, thumbnails)]),
     )
     with working(), open_indexer(model, collection, storage, **settings) as indexer:
         summary = indexer.index(

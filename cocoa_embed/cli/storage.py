@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -91,7 +92,7 @@ def check_storage(collection: str, location: Location, *, exists: bool = False) 
     check_folder(folder, name)
     with contextlib.suppress(OSError):  # which opening it explains
         refuse_foreign_index(folder, markers=OWN_MARKERS[name])
-    if exists and not folder.is_dir():
+    if exists and not os.path.isdir(folder):  # False for a name that is too long
         others = "" if given else ", or give --edge or --url"
         raise CocoaError(f"there is no index in {printable(folder)}; run cocoa-embed index, or change --{name}{others}")
 

@@ -17,7 +17,7 @@ from cocoa_embed.encode.load import require_findable
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.folders import DEFAULT_INDEX
 from cocoa_embed.images.passed_over import PassedOver
-from cocoa_embed.integrations.qdrant.indexing.manifest import Manifest, manifest_file
+from cocoa_embed.integrations.qdrant.indexing.manifest import Manifest, open_manifest
 from cocoa_embed.integrations.qdrant.indexing.prune import Forgotten, forget
 from cocoa_embed.integrations.qdrant.indexing.run import IndexRun, IndexSummary
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
@@ -177,7 +177,7 @@ class QdrantIndexer(Searcher):
             if llama_index:
                 self.store.create_payload_index("doc_id", base.KEYWORD)  # LlamaIndex deletes by it
             started, loading = time.perf_counter(), encoder.load_seconds
-            manifest = self._open_manifest(encoder)
+            manifest = self._open_manifest(encoder.fingerprint)
             if retry_failed:
                 manifest.forget_faults()
             run = IndexRun(
@@ -207,8 +207,8 @@ class QdrantIndexer(Searcher):
         :raises CocoaError: If there is no such collection.
         """
         with self._indexing:
-            self.store.require_signature()
-            forgotten = forget(self.store, [paths] if isinstance(paths, (str, Path)) else list(paths))
+            manifest = self._open_manifest(self.store.require_signature().fingerprint)
+            forgotten = forget(self.store, manifest, [paths] if isinstance(paths, (str, Path)) else list(paths))
             self.store.finish()
         return forgotten
 
@@ -266,12 +266,10 @@ class QdrantIndexer(Searcher):
         self.store.create(Signature(encoder.name, encoder.fingerprint, encoder.dimension, embed, vectors))
         return encoder.truncate(encoder.dimension, vectors)
 
-    def _open_manifest(self, encoder: Encoder) -> Manifest:
+    def _open_manifest(self, fingerprint: str | None) -> Manifest:
         """Return the manifest of the collection; in memory if the collection is."""
         if self._manifest is None:
-            place = self.store.place
-            name = f"{place} {self.store.collection} {encoder.fingerprint}"
-            self._manifest = Manifest(None if place is None else manifest_file(name))
+            self._manifest = open_manifest(self.store.place, self.store.collection, fingerprint)
         return self._manifest
 
     def _encoder_for(self, signature: Signature | None) -> Encoder:

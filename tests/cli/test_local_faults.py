@@ -11,6 +11,8 @@ HEAVY = {"torch", "transformers", "qdrant_client", "sentence_transformers", "acc
 HEAVY |= {"matplotlib", "pandas"}
 
 ON_HUB = ("--model", "owner/name")
+TOO_LONG = "a" * 300
+"""No file system takes it as a name."""
 FAULTY_SEARCH = "search red --model ./mdl --image gone.png --html nodir/x.html --filter".split()
 
 
@@ -33,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("arguments", "status", "faults"),
     [
         (["index", "empty", *ON_HUB], 1, ["there are no images in empty; name a folder that holds some"]),
-        (["index", "photoz", "empty/x*.png", "--model", "./mdl", "--collection", "a/b"], 2,
-         ["'a/b'", "photoz", "x*.png", "mdl"]),
+        (["index", "photoz", "empty/x*.png", "--model", "./mdl", "--collection", "a/b", "--thumbnails", TOO_LONG], 2,
+         ["'a/b'", "photoz", "x*.png", "mdl", "File name too long"]),
         ([*FAULTY_SEARCH, "width 1000"], 2, ["index", "mdl", "=1000", "nodir", "gone"]),
         (["eval", "pairs", "photoz", *ON_HUB, "--model", "nowhere", "--out", "rows.csv"], 1,
          ["photoz does not exist", "nowhere: there is no such model folder", "rows.csv cannot be made"]),
@@ -45,11 +47,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["index", "photos", "--path", "foreign", "--thumbnails", "foreign", *ON_HUB], 1,
          ["foreign holds something else, not an index", "foreign holds something else (it has no"]),
         (["index", "photos", "--devices", ",", *ON_HUB], 2, ["--devices , names no device"]),
+        (["embed", "photos", "--out", TOO_LONG, "--model", "nowhere"], 1, ["nowhere: there is no such model folder"]),
         (["search", "--like", "a", "--edge", "foreign"], 1, ["foreign holds something else, not an index"]),
         (["search", "--like", "a", "--diversity", "5"], 2, ["there is no index in cocoa-index", "diversity is 5.0"]),
         (["search", "--like", "a", "--diversity", "1", "--group-by", "k", "--path", "empty"], 2,
          ["diversity does not go together with any_orientation or group_by"]),
-        (["forget", "photos"], 1, ["there is no index in cocoa-index"]),
+        (["forget", "photos", "--path", TOO_LONG], 1, ["there is no index in aaa"]),
         (["embed", "photoz", "--model", "nowhere", "--out", "rows.csv", "--shard", "3/2"], 2,
          ["--shard 3/2", "photoz does not exist", "nowhere: there is no such model folder", "rows.csv is a file"]),
         (["load", "photos", "--path", "foreign"], 1,

@@ -4,16 +4,19 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from exported import write_checkpoint
+from fake_model import FakeModel
 from source_files import tar
 from table_files import png, write_images
 from tiny_backbones import TINY_MAX_LENGTH
 
+from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.integrations.qdrant.shards.embed import EmbedSummary, embed, plan
@@ -85,6 +88,19 @@ def test_a_killed_actor_loses_and_doubles_no_part(model: Path, tmp_path: Path) -
         np.testing.assert_allclose(vector, expected[id_], atol=2e-3)
     again = list(embed_on_ray(plan(all_sources(places), out), out, model, {}))
     assert again == [EmbedSummary(out.place, skipped=1)] * 7
+
+
+def test_another_model_is_refused_also_if_all_is_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "photos", ["a"])
+    out = EmbeddingFolder(str(tmp_path / "out"))
+    planned = lambda: plan(all_sources([tmp_path / "photos"]), out)  # noqa: E731
+    assert [each.parts for each in embed(planned(), out, Encoder(FakeModel()))] == [1]
+    refused: AbstractContextManager[Any] = pytest.raises(CocoaError, match="was made with the model")
+    for seed, refusal in ((0, nullcontext()), (1, refused)):
+        encoder = Encoder(FakeModel(seed=seed))
+        monkeypatch.setattr("cocoa_embed.integrations.ray.open_encoder", lambda *_, encoder=encoder: encoder)
+        with refusal:
+            assert [each.skipped for each in embed_on_ray(planned(), out, "model", {})] == [1]
 
 
 @pytest.mark.slow

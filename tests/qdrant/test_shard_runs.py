@@ -1,6 +1,8 @@
 """Runs over shards: complete ones are skipped, and contents that are no images are remembered."""
 
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -12,13 +14,14 @@ from PIL import Image
 from qdrant_client import QdrantClient
 
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.errors import CocoaError, ImageError
+from cocoa_embed.errors import CocoaError, ImageError, TransientImageError
 from cocoa_embed.integrations.qdrant import IndexSummary
 from cocoa_embed.integrations.qdrant.indexing import manifest
 from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint, PointStream
 from cocoa_embed.integrations.qdrant.indexing.manifest import Manifest, manifest_file
 from cocoa_embed.integrations.qdrant.indexing.run import IndexRun
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
+from cocoa_embed.integrations.qdrant.indexing.writer import Writer
 from cocoa_embed.integrations.qdrant.stores import open_store
 from cocoa_embed.integrations.qdrant.stores.base import Signature
 from cocoa_embed.integrations.qdrant.stores.store import Store
@@ -170,9 +173,26 @@ def test_a_run_that_fails_is_finished_by_the_next_which_skips_what_is_complete(
     assert world.run().unchanged == 10
 
 
+def test_a_run_that_is_killed_before_old_points_are_removed_is_finished_by_the_next(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(writer: Writer) -> None:
+        writer.drain()
+        raise KeyboardInterrupt
+
+    world.one.version, world.one.contents["0.bmp"] = "2", image(50)
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "finish", kill)
+        with pytest.raises(KeyboardInterrupt):
+            world.run()
+    assert world.store.count() == 10, "the new content is stored, the old one not removed"
+    assert (counts(world.run()), world.store.count()) == ((0, 9, 0, 1, 0, 0), 9)
+    assert counts(world.run()) == (0, 10, 0, 0, 0, 0)
+
+
 def test_images_that_left_a_shard_are_pruned_on_request_only(world: World) -> None:
-    for version, options, pruned in (("2", {}, 0), ("3", {"prune": True}, 2)):
-        world.other.version = version
+    world.other.version = "2"
+    for options, pruned in (({}, 0), ({"prune": True}, 2)):
         for name in ("4.bmp", "8.bmp"):
             world.other.contents.pop(name, None)
         assert world.run(**options).pruned == pruned
@@ -182,7 +202,7 @@ def test_images_that_left_a_shard_are_pruned_on_request_only(world: World) -> No
     world.source.shards_.remove(world.other)
     summary = world.run(prune=True)
     assert (summary.pruned, "3 of its 8 points would be pruned" in summary.failed[0]["reason"]) == (0, True)
-    assert world.run(prune_all=True).pruned == 3
+    assert world.run(prune=True, prune_all=True).pruned == 3
 
 
 def test_a_shard_that_cannot_be_read_to_its_end_is_reported_and_read_again(world: World) -> None:
@@ -218,6 +238,10 @@ class TestFaults:
             summary = broken.run()
             assert [failure["path"] for failure in summary.failed] == ["/data/one.tar#0.bmp"]
             assert (counts(summary), broken.reads) == ((0, 9, 0, 0, 0, 1), [])
+
+    def test_it_is_reported_also_when_its_shard_was_read_again(self, broken: World) -> None:
+        broken.manifest.reopen("/data/one.tar")
+        assert [counts(broken.run()), counts(broken.run())] == [(0, 9, 0, 0, 0, 1)] * 2
 
     def test_its_copies_are_known_by_their_hash_and_not_decoded(
         self, broken: World, monkeypatch: pytest.MonkeyPatch
@@ -269,8 +293,23 @@ class TestFaults:
             patch.setattr(world.model, "_embed", fail)
             assert "no memory" in world.run().failed[0]["reason"]
         assert world.model._embed == embed
-        summary = world.run()
-        assert (summary.indexed, summary.failed) == (1, [])
+        assert "/data/one.tar#0.bmp" in world.paths, "the point of what it was stays until then"
+        assert counts(world.run()) == (0, 9, 0, 1, 0, 0)
+
+    @pytest.mark.parametrize("kind", [ImageError, TransientImageError])
+    def test_an_image_that_is_stored_keeps_its_point_if_it_cannot_be_decoded(
+        self, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[ImageError]
+    ) -> None:
+        def fail(data: bytes, name: str) -> Any:  # noqa: ANN401
+            raise kind(name, "pillow_heif is not installed")
+
+        before, options = world.paths, {"thumbnails": ThumbnailFolder(tmp_path / "small")}
+        with monkeypatch.context() as patch:
+            patch.setattr("cocoa_embed.integrations.qdrant.indexing.embed_records.decode_image", fail)
+            assert counts(world.run(**options)) == (0, 0, 0, 0, 0, 10)
+        assert world.paths == before
+        assert counts(world.run(**options)) == (0, 10, 0, 0, 0, 0)
+        assert len(list((tmp_path / "small").glob("*.jpg"))) == 9
 
 
 def test_thumbnails_and_fields_that_are_wanted_anew_reach_skipped_shards(world: World, tmp_path: Path) -> None:
@@ -300,6 +339,20 @@ def test_the_manifest_of_a_collection_is_kept_and_a_folder_that_cannot_be_writte
         assert Manifest(unusable).shard("/data/one.tar") is None
 
 
+def test_a_manifest_that_fails_in_the_middle_of_its_work_costs_work_alone(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.manifest = Manifest(tmp_path / "manifest")
+    world.one.version, world.one.contents["0.bmp"] = "2", BROKEN
+    expected = counts(world.run())
+    with closing(sqlite3.connect(tmp_path / "manifest")) as database:
+        database.executescript("DROP TABLE shards; DROP TABLE faults")
+    assert caplog.messages == []
+    assert [counts(world.run()), counts(world.run())] == [(0, 9, 0, 0, 0, 1)] * 2 == [expected] * 2
+    (message,) = caplog.messages
+    assert f"the manifest {tmp_path / 'manifest'} cannot be used (no such table" in message
+
+
 class TestPointStream:
     """Points without a collection, as an embedding job writes them to files."""
 
@@ -320,7 +373,7 @@ class TestPointStream:
         stream = PointStream(encoder=Encoder(FakeModel()))
         outcomes = list(stream.run(replace(record, read=read) for read in reads))
         assert [type(outcome).__name__ for outcome in outcomes].count("NewPoint") == 1
-        failed = {outcome.error.reason: outcome.sha256 for outcome in outcomes if not isinstance(outcome, NewPoint)}
+        failed = {outcome.error.reason: outcome.tried for outcome in outcomes if not isinstance(outcome, NewPoint)}
         assert failed.pop("is gone") is None
         ((reason, sha256),) = failed.items()
         assert (reason.startswith("is not an image"), len(str(sha256))) == (True, 64)

@@ -139,6 +139,30 @@ def test_what_is_there_is_not_embedded_again(job: Job, monkeypatch: pytest.Monke
     job.assert_loaded_is_indexed()
 
 
+def test_changed_captions_and_columns_are_embedded_again_and_the_last_ones_stay(job: Job) -> None:
+    job.places = [job.photos]
+    for number in range(3):
+        row = {"file_name": "red.png", "text": f"caption {number}", "licence": f"licence {number}"}
+        (job.photos / "metadata.jsonl").write_text(json.dumps(row))
+        assert (job.embed().embedded, job.embed().skipped) == (4, 1)
+        for _ in range(2):
+            job.load()
+            (described,) = [payload for _, payload in job.points().values() if payload["caption"]]
+            assert (described["caption"], described["metadata"]) == (row["text"], {"licence": row["licence"]})
+    assert len(job.out.names()) == 3, "the files of the earlier captions are there"
+
+
+def test_a_list_that_cannot_be_read_is_reported_and_the_rest_is_used(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("url,url\nhttps://host/1.png,b\n")
+    job.places.insert(0, tmp_path / "list.csv")
+    indexed = QdrantIndexer(FakeModel(), client=QdrantClient(":memory:")).index(job.places, progress=False)
+    for failed in (job.embed().failed, indexed.failed):
+        assert [failure["path"] for failure in failed] == [str(tmp_path / "list.csv")]
+        assert "the column 'url' twice" in failed[0]["reason"]
+    job.load()
+    job.assert_loaded_is_indexed()
+
+
 def test_machines_share_the_parts(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embed_module, "PART_RECORDS", 1)
     parts = [part.name for part in parts_of(all_sources(job.places))]
@@ -245,9 +269,8 @@ def test_the_latest_content_of_a_path_keeps_it_whatever_the_order_of_the_files(
     os.utime(job.photos / "green.png", (2e9, 2e9))
     job.embed()
     assert len(job.out.names()) == 2
-    monkeypatch.setattr(
-        "cocoa_embed.integrations.qdrant.shards.load.sorted", lambda each: sorted(each, reverse=turned), raising=False
-    )
+    names = job.out.names()[:: -1 if turned else 1]
+    monkeypatch.setattr(EmbeddingFolder, "names", lambda _: names)
     job.load()
     path = str(job.photos / "green.png")
     (held,) = [payload for _, payload in job.points().values() if path in payload["paths"]]

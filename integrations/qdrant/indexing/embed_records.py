@@ -19,7 +19,7 @@ import numpy as np
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.jobs import CaptionedImage, EmbeddedImage
 from cocoa_embed.encode.read_ahead import read_ahead
-from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
+from cocoa_embed.errors import CocoaError, ImageError, TransientImageError, one_line, printable
 from cocoa_embed.images.load import decode_image
 from cocoa_embed.images.to_rgb import draw_thumbnail
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder
@@ -32,7 +32,7 @@ from cocoa_embed.integrations.qdrant.points import (
     point_id,
 )
 from cocoa_embed.integrations.qdrant.stores.base import BOTH, CAPTION_VECTOR, IMAGE, TOGETHER, NewVector, Point
-from cocoa_embed.sources.base import Record
+from cocoa_embed.sources.base import Record, storable
 
 GROUP_RECORDS = 64
 """Records that are looked up together."""
@@ -74,11 +74,20 @@ class FailedRecord(NamedTuple):
 
     record: Record
     error: ImageError
-    sha256: str | None
-    """Of its content; None if it could not be read."""
+    tried: str | None
+    """What ``PointStream.tried`` names, and fails whenever it is tried; None if a later run may use the record, or its
+    content is stored already."""
 
 
 Outcome: TypeAlias = NewPoint | StoredContent | FailedRecord
+
+
+def caption_with_image(record: Record, embed: str) -> str | None:
+    """Return the caption that is embedded together with a record's image; None if there is none.
+
+    :param embed: What is embedded of an image: one of ``EMBEDS``.
+    """
+    return caption_of(describe(record)) if embed == TOGETHER else None
 
 
 def read_record(record: Record) -> tuple[Content, bytes]:
@@ -99,7 +108,7 @@ class PointStream:
     :param on_stored: Called with each record whose content is stored, and not yielded.
     :param changes_caption: Returns whether a stored content gets another caption by a record. What embeds the caption
         is then embedded anew.
-    :param known_fault: Returns why a content, by its SHA-256, could not be used before; it is not tried again.
+    :param known_fault: Returns why what ``tried`` names could not be used before; it is not tried again.
     :param thumbnails: Where to write small copies.
     :param llama_index: Whether payloads have the fields that LlamaIndex's own ``QdrantVectorStore`` reads.
     :param embed: What is embedded of an image: one of ``EMBEDS``.
@@ -164,8 +173,8 @@ class PointStream:
                         yield content, self._image(record, data)
                     else:
                         self._pass_stored(record, content, payload, data, captions.get(record.key))
-                elif reason := self.known_fault(content.sha256):
-                    self._failed.append(FailedRecord(record, ImageError(record.key, reason), content.sha256))
+                elif reason := self.known_fault(tried := self.tried(record, content)):
+                    self._failed.append(FailedRecord(record, ImageError(record.key, reason), tried))
                 else:
                     self._embedding[content.id] = [record]
                     if record.key in captions:
@@ -174,8 +183,13 @@ class PointStream:
 
     def _image(self, record: Record, data: bytes) -> bytes | CaptionedImage:
         """Return what the model embeds of a record: the image, or image and caption."""
-        caption = caption_of(describe(record)) if self.embed == TOGETHER else None
+        caption = caption_with_image(record, self.embed)
         return data if caption is None else CaptionedImage(data, caption)
+
+    def tried(self, record: Record, content: Content) -> str:
+        """Return a SHA-256 of what the model embeds of a record: another caption may do where one was refused."""
+        caption = caption_with_image(record, self.embed)
+        return content.sha256 if caption is None else hashlib.sha256(f"{content.sha256} {caption}".encode()).hexdigest()
 
     def _embed_captions(
         self, group: Sequence[tuple[Record, Content, bytes]], payloads: Mapping[str, Payload]
@@ -226,7 +240,7 @@ class PointStream:
             try:
                 image, _ = decode_image(data, printable(record.key))
             except ImageError as error:
-                self._failed.append(FailedRecord(record, error, content.sha256))
+                self._failed.append(FailedRecord(record, error, None))
                 return
             thumbnail = self.thumbnails.write(content.id, draw_thumbnail(image, THUMBNAIL_SIZE))
         vector = None if caption is None else NewVector(CAPTION_VECTOR, caption)
@@ -237,7 +251,11 @@ class PointStream:
         records = self._embedding.pop(content.id)
         stored, caption = self._anew.pop(content.id, None), self._captions.pop(content.id, None)
         if isinstance(outcome, ImageError):
-            yield from (FailedRecord(record, outcome, content.sha256) for record in records)
+            is_lasting = stored is None and not isinstance(outcome, TransientImageError)
+            tried = self.tried(records[0], content)  # the model was given that of the first for all
+            for record in records:
+                is_tried = is_lasting and self.tried(record, content) == tried
+                yield FailedRecord(record, outcome, tried if is_tried else None)
             return
         thumbnail = None
         if self.thumbnails is not None and outcome.thumbnail is not None:
@@ -253,7 +271,7 @@ class PointStream:
             list({record.key: location_of(record) for record in records}.values()),
             describe(records[0]),
             thumbnail,
-            shards=[record.shard for record in records if record.shard],
+            shards=[storable(record.shard) for record in records if record.shard],
             llama_index=self.llama_index,
         )
         yield NewPoint(Point(content.id, outcome.vector, payload, caption), records)

@@ -6,15 +6,18 @@ It only saves work: without it, a run reads more, and its result is the same.
 from __future__ import annotations
 
 import hashlib
+import logging
 import sqlite3
-from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import PIL
 
 from cocoa_embed import __version__
+from cocoa_embed.errors import one_line, printable
 from cocoa_embed.folders import cache_folder
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS shards (key TEXT PRIMARY KEY, version TEXT, records INTEGER, points INTEGER);
@@ -28,10 +31,10 @@ CREATE INDEX IF NOT EXISTS fault_shards ON faults (shard);
 SOFTWARE = f"cocoa-embed {__version__}, Pillow {PIL.__version__}"
 """What contents could not be read with; another may read them."""
 
-FORGET_FAULTS = """
-DELETE FROM shards WHERE key IN (SELECT shard FROM faults WHERE software != '{software}');
-DELETE FROM faults WHERE software != '{software}';
-"""
+FORGET_FAULTS = (
+    "DELETE FROM shards WHERE key IN (SELECT shard FROM faults WHERE software != ?)",
+    "DELETE FROM faults WHERE software != ?",
+)
 
 
 class CompleteShard(NamedTuple):
@@ -50,6 +53,15 @@ class Fault(NamedTuple):
     reason: str
 
 
+def open_manifest(place: str | None, collection: str, fingerprint: str | None) -> Manifest:
+    """Return the manifest of a collection.
+
+    :param place: Where the collection is; None if it is in memory, as its manifest is then.
+    :param fingerprint: Of the model that made it.
+    """
+    return Manifest(None if place is None else manifest_file(f"{place} {collection} {fingerprint}"))
+
+
 def manifest_file(collection: str) -> Path:
     """Return the file for a collection, in the cache.
 
@@ -59,19 +71,22 @@ def manifest_file(collection: str) -> Path:
 
 
 class Manifest:
-    """The manifest of one collection, for one thread at a time."""
+    """The manifest of one collection, for one thread at a time.
+
+    One whose file fails, whatever the reason, goes on in memory, with a warning.
+    """
 
     def __init__(self, file: Path | None) -> None:
         """Open or create it; in memory if there is no file, or if it cannot be used."""
-        self._database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        with suppress(OSError, sqlite3.Error):
-            if file is not None:
+        self._file = file
+        self._database = connect(None)
+        if file is not None:
+            try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                database = sqlite3.connect(file, timeout=30, isolation_level=None, check_same_thread=False)
-                database.execute("PRAGMA synchronous = OFF")
-                database.executescript(SCHEMA)
-                self._database = database
-        self._database.executescript(SCHEMA + FORGET_FAULTS.format(software=SOFTWARE))
+                self._database = connect(file)
+            except (OSError, sqlite3.Error) as error:
+                self._warn(error)
+        self._forget_faults_of_others(SOFTWARE)
         self._has_faults = self._first("SELECT 1 FROM faults") is not None
         """Whether there may be any: most collections have none, and every record would be looked up."""
 
@@ -81,16 +96,16 @@ class Manifest:
 
     def shard(self, key: str) -> CompleteShard | None:
         """Return what is known of a shard; None if it is not complete."""
-        row = self._database.execute("SELECT version, records, points FROM shards WHERE key = ?", [key]).fetchone()
-        return None if row is None else CompleteShard(*row)
+        rows = self._execute("SELECT version, records, points FROM shards WHERE key = ?", key)
+        return CompleteShard(*rows[0]) if rows else None
 
     def complete(self, key: str, shard: CompleteShard) -> None:
         """Remember a complete shard."""
-        self._database.execute("INSERT OR REPLACE INTO shards VALUES (?, ?, ?, ?)", [key, *shard])
+        self._execute("INSERT OR REPLACE INTO shards VALUES (?, ?, ?, ?)", key, *shard)
 
     def faults_in(self, shard: str) -> list[Fault]:
         """Return the faults of the records of a shard."""
-        rows = self._database.execute("SELECT key, reason FROM faults WHERE shard = ? ORDER BY key", [shard])
+        rows = self._execute("SELECT key, reason FROM faults WHERE shard = ? ORDER BY key", shard)
         return [Fault(*row) for row in rows]
 
     def fault(self, key: str, version: str) -> str | None:
@@ -107,17 +122,57 @@ class Manifest:
         """Remember why a record cannot be used."""
         self._has_faults = True
         row = [fault.key, shard, version, sha256, fault.reason, SOFTWARE]
-        self._database.execute("INSERT OR REPLACE INTO faults VALUES (?, ?, ?, ?, ?, ?)", row)
+        self._execute("INSERT OR REPLACE INTO faults VALUES (?, ?, ?, ?, ?, ?)", *row)
+
+    def keep_fault(self, key: str, shard: str | None) -> None:
+        """Note that a record whose fault is known is in a shard, which may have been reopened."""
+        self._execute("UPDATE faults SET shard = ? WHERE key = ?", shard, key)
 
     def reopen(self, shard: str) -> None:
         """Forget that a shard is complete and which of its records have faults; their contents stay known."""
-        self._database.execute("DELETE FROM shards WHERE key = ?", [shard])
-        self._database.execute("UPDATE faults SET shard = NULL WHERE shard = ?", [shard])
+        self._execute("DELETE FROM shards WHERE key = ?", shard)
+        self._execute("UPDATE faults SET shard = NULL WHERE shard = ?", shard)
 
     def forget_faults(self) -> None:
         """Forget all faults, and that the shards with some are complete."""
-        self._database.executescript(FORGET_FAULTS.format(software=""))
+        self._forget_faults_of_others("")
+
+    def _forget_faults_of_others(self, software: str) -> None:
+        for statement in FORGET_FAULTS:
+            self._execute(statement, software)
 
     def _first(self, query: str, *values: str) -> str | None:
-        row = self._database.execute(query, values).fetchone()
-        return None if row is None else row[0]
+        rows = self._execute(query, *values)
+        return rows[0][0] if rows else None
+
+    def _execute(self, statement: str, *values: str | int | None) -> list[Any]:
+        try:
+            return self._database.execute(statement, values).fetchall()
+        except sqlite3.Error as error:  # a broken or read-only file, a full disk
+            self._warn(error)
+            self._database.close()
+            self._database = connect(None)
+            return self._database.execute(statement, values).fetchall()
+
+    def _warn(self, error: Exception) -> None:
+        logger.warning(
+            "the manifest %s cannot be used (%s), and remembers nothing of this run; remove it, or set COCOA_CACHE to a"
+            " folder that can be written",
+            printable(self._file or ""),
+            one_line(error),
+        )
+
+
+def connect(file: Path | None) -> sqlite3.Connection:
+    """Return the database in a file, or a new one in memory.
+
+    :raises sqlite3.Error: If the file cannot be used.
+    """
+    database = sqlite3.connect(file or ":memory:", timeout=30, isolation_level=None, check_same_thread=False)
+    try:
+        database.execute("PRAGMA synchronous = OFF")
+        database.executescript(SCHEMA)
+    except sqlite3.Error:
+        database.close()
+        raise
+    return database

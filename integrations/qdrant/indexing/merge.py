@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import remove_thumbnail
@@ -52,6 +53,33 @@ class Change:
         self.removed.discard(path)
 
 
+@dataclass(eq=False)
+class NamedPoint:
+    """A stored point that names records of a group."""
+
+    id: str
+    payload: Payload
+    locations: dict[str, FileLocation]
+    """By path."""
+    is_reordered: bool = False
+
+    @cached_property
+    def living(self) -> str:
+        """The first path that exists."""
+        return living_first([*self.locations.values()])[0].path
+
+    def has_to_change(self, path: str) -> bool:
+        """Return whether a path that is as it was may change the payload: it describes it, or the order is stale."""
+        is_stale = not self.is_reordered and self.living != next(iter(self.locations))
+        self.is_reordered |= is_stale
+        return is_stale or path == self.living
+
+    def is_as_it_was(self, record: Record) -> bool:
+        """Return whether a record that it names has the size and mtime that it had when it was stored."""
+        mtime = self.locations[storable(record.key)].mtime
+        return record.size in (None, self.payload.get("bytes")) and is_same_moment(mtime, record.mtime)
+
+
 @dataclass(frozen=True)
 class Merger:
     """Applies changes to payloads."""
@@ -77,7 +105,7 @@ class Merger:
             return None
         ordered = living_first([*locations.values()])
         first = change.held.get(ordered[0].path)
-        shards = [record.shard for record in change.held.values() if record.shard]
+        shards = [storable(record.shard) for record in change.held.values() if record.shard]
         return make_payload(
             stored,
             ordered,

@@ -14,15 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cocoa_embed.integrations.qdrant.indexing.merge import BATCH_CHANGES, Change, Merger
-from cocoa_embed.integrations.qdrant.points import LOCATION_KEYS, stored_locations
+from cocoa_embed.integrations.qdrant.points import LOCATION_KEYS, Payload, shards_of, stored_locations
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Source, storable
+from cocoa_embed.sources.open import local_path
 
 if TYPE_CHECKING:
+    from cocoa_embed.integrations.qdrant.indexing.manifest import Manifest
     from cocoa_embed.integrations.qdrant.indexing.writer import Writer
 
 MAX_PRUNED = 0.3
 """The fraction of a source's points that a run may prune unless it is told to prune all; one point may always go."""
+
+HELD_KEYS = (*LOCATION_KEYS, "shard")
+"""The payload keys of where the images of a point are."""
 
 NO_FILES = frozenset({"lost+found"})
 """What is in a file system without files."""
@@ -47,9 +52,9 @@ class Pruning:
 
     def find(self, store: Store, *, even_doubtful: bool) -> Iterator[tuple[str, str, list[int]]]:
         """Yield the id and the path of each image that no longer exists, and the sources that cover it."""
-        for id_, payload in store.scan(LOCATION_KEYS):
+        for id_, payload in store.scan(HELD_KEYS):
             paths = [each.path for each in stored_locations(payload)]
-            covering = {path: [i for i, source in enumerate(self.sources) if source.covers(path)] for path in paths}
+            covering = {path: self._covering(path, shards_of(payload)) for path in paths}
             self.totals.update({i for numbers in covering.values() for i in numbers})
             deleted = []
             for path, numbers in covering.items():
@@ -64,6 +69,11 @@ class Pruning:
             for path in deleted:
                 self.paths.update(covering[path])
                 yield id_, path, covering[path]
+
+    def _covering(self, path: str, shards: Sequence[str]) -> list[int]:
+        """Return the sources of an image: those that cover it, and the shard that holds it, which may be gone."""
+        held = {shard for shard in shards if path.startswith(f"{shard}#")}
+        return [i for i, each in enumerate(self.sources) if each.covers(path) or storable(each.name) in held]
 
     def refusals(self, found: Counter[int]) -> dict[int, str]:
         """Return the sources that must not be pruned, each with the reason.
@@ -116,10 +126,10 @@ def doubtful_folder(folder: str, root: str) -> str | None:
     :param root: The folder that is searched; those above are in no doubt.
     """
     while not os.path.lexists(folder):
-        if not is_below(folder, root):
+        if not is_in(folder, root):
             return None
         folder = os.path.dirname(folder)
-    if not is_below(folder, root):
+    if not is_in(folder, root):
         return None
     try:
         return folder if NO_FILES.issuperset(os.listdir(folder)) else None
@@ -136,25 +146,42 @@ class Forgotten(NamedTuple):
     """Points that no image was left of."""
 
 
-def forget(store: Store, paths: Sequence[str | Path]) -> Forgotten:
-    """Remove files, folders, shards and URLs from a collection, whether they exist or not."""
-    keys = {storable(str(path) if "://" in str(path) else os.path.abspath(path)): str(path) for path in paths}
-    merger, images, deleted = Merger(lambda _: False), dict.fromkeys(keys.values(), 0), 0
-    points = iter(store.scan(LOCATION_KEYS))
+def forget(store: Store, manifest: Manifest, paths: Sequence[str | Path]) -> Forgotten:
+    """Remove files, folders, shards and URLs from a collection, whether they exist or not.
+
+    :param manifest: That of the collection; the next run reads the shards again that lose an image.
+    """
+    keys = {str(path): storable(absolute(str(path))) for path in paths}
+    merger, images, deleted, reopened = Merger(lambda _: False), dict.fromkeys(keys, 0), 0, set[str]()
+    points = iter(store.scan(HELD_KEYS))
     while page := list(islice(points, BATCH_CHANGES)):
         changes: dict[str, Change] = {}
         for id_, payload in page:
-            held = [each.path for each in stored_locations(payload)]
-            named = {path: key for path in held for key in keys if is_below(path, key)}
-            for key in named.values():
-                images[keys[key]] += 1
-            if named:
-                changes[id_] = Change(removed=set(named))
-                deleted += len(named) == len(held)
+            held = {each.path for each in stored_locations(payload)}
+            named = {name: {path for path in held if is_named(path, key, payload)} for name, key in keys.items()}
+            images.update({name: images[name] + len(found) for name, found in named.items()})
+            if removed := set().union(*named.values()):
+                changes[id_] = Change(removed=removed)
+                deleted += removed == held
+                for shard in set(shards_of(payload)) - reopened:
+                    if any(path.startswith(f"{shard}#") for path in removed):
+                        manifest.reopen(shard)
+                        reopened.add(shard)
         merger.merge(store, changes)
     return Forgotten(images, deleted)
 
 
-def is_below(path: str, key: str) -> bool:
-    """Return whether an image is the named one, below the named folder or URL, or in the named shard."""
-    return path == key or path.startswith((key.rstrip("/") + "/", f"{key}#"))
+def absolute(path: str) -> str:
+    """Return a path as the keys of records have it; an address as it is, but for that of a local file."""
+    local = local_path(path)
+    return local if "://" in local else os.path.abspath(local)
+
+
+def is_named(path: str, key: str, payload: Payload) -> bool:
+    """Return whether an image of a point is the named one, below the named folder or URL, or in the named shard."""
+    return is_in(path, key) or (key in shards_of(payload) and path.startswith(f"{key}#"))
+
+
+def is_in(path: str, folder: str) -> bool:
+    """Return whether a path is a folder or below it."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")

@@ -10,24 +10,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from typing import Literal, TypeAlias
 
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.errors import ImageError, TransientImageError
-from cocoa_embed.integrations.qdrant.indexing.embed_records import FailedRecord, NewPoint, PointStream, StoredContent
+from cocoa_embed.errors import ImageError
+from cocoa_embed.integrations.qdrant.indexing.embed_records import (
+    FailedRecord,
+    NewPoint,
+    PointStream,
+    StoredContent,
+    caption_with_image,
+)
 from cocoa_embed.integrations.qdrant.indexing.manifest import CompleteShard, Fault, Manifest
-from cocoa_embed.integrations.qdrant.indexing.merge import DESCRIPTION_KEYS, Change, Merger, living_first
+from cocoa_embed.integrations.qdrant.indexing.merge import DESCRIPTION_KEYS, Change, Merger, NamedPoint
 from cocoa_embed.integrations.qdrant.indexing.prune import prune_deleted
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
 from cocoa_embed.integrations.qdrant.indexing.writer import Batch, Writer
 from cocoa_embed.integrations.qdrant.points import (
     LOCATION_KEYS,
-    FileLocation,
     Payload,
     is_same_json,
-    is_same_moment,
     stored_locations,
 )
 from cocoa_embed.integrations.qdrant.stores.base import IMAGE, NewVector, Where
@@ -66,28 +69,6 @@ class IndexSummary:
     """Images embedded and stored per second."""
 
 
-@dataclass(eq=False)
-class NamedPoint:
-    """A stored point that names records of a group."""
-
-    id: str
-    payload: Payload
-    locations: dict[str, FileLocation]
-    """By path."""
-    is_reordered: bool = False
-
-    @cached_property
-    def living(self) -> str:
-        """The first path that exists."""
-        return living_first([*self.locations.values()])[0].path
-
-    def has_to_change(self, path: str) -> bool:
-        """Return whether a path that is as it was may change the payload: it describes it, or the order is stale."""
-        is_stale = not self.is_reordered and self.living != next(iter(self.locations))
-        self.is_reordered |= is_stale
-        return is_stale or path == self.living
-
-
 @dataclass
 class ShardProgress:
     """A shard that is being indexed."""
@@ -117,7 +98,7 @@ class IndexRun:
     prune: bool = False
     """Whether to remove images that no longer exist from the index."""
     prune_all: bool = False
-    """Whether to do so where most of them are gone, too."""
+    """Whether ``prune`` does so where most of them are gone, too."""
     on_done: Callable[[int], object] = lambda _: None
     """Called with the number of images that are done."""
     counts: Counter[Count] = field(default_factory=Counter)
@@ -136,7 +117,6 @@ class IndexRun:
     _complete: dict[str, CompleteShard] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.prune = self.prune or self.prune_all
         self.embed = self.store.embed
         self._merger = Merger(self._misses, self.llama_index)
 
@@ -171,9 +151,9 @@ class IndexRun:
                 self.pruned += pruned
                 self.failed += kept
             self._writer.finish()
-            if self._writer.detached:  # points may have left complete shards
-                for key, complete in self._complete.items():
-                    self._remember(key, complete)
+            if self._writer.detached:  # it may have left any of them
+                for key in self._complete:
+                    self._remember(key)
 
     def summary(self, seconds: float) -> IndexSummary:
         """Return the summary of the finished run."""
@@ -195,9 +175,7 @@ class IndexRun:
         for number, source in enumerate(self.sources):
             for shard in source.shards():
                 if not shard.version:
-                    for record in shard.records():
-                        self.found[number] += 1
-                        yield record
+                    yield from self._good_records(shard, number, ShardProgress(""))
                 elif not self._skip(shard, number):
                     yield from self._read_shard(shard, number)
 
@@ -207,7 +185,8 @@ class IndexRun:
         faults = self.manifest.faults_in(storable(shard.key))
         if known is None or known.version != self._version(shard.version):
             return False
-        if self.store.count(Where("shard", [storable(shard.key)])) != known.points:
+        points, good = self.store.count(Where("shard", [storable(shard.key)])), known.records - len(faults)
+        if points != known.points or (good and not points) or (self.prune and points > good):
             return False
         self.found[number] += known.records
         self.failed += [{"path": fault.key, "reason": fault.reason} for fault in faults]
@@ -219,22 +198,27 @@ class IndexRun:
         """Yield the records of a shard, and remember it when they are all stored."""
         progress = self._shards[shard.key] = ShardProgress(self._version(shard.version))
         self.manifest.reopen(storable(shard.key))
-        try:
-            for record in shard.records():
-                self.found[number] += 1
-                progress.records += 1
-                progress.in_flight += 1
-                if self.prune:
-                    progress.seen.add(storable(record.key))
-                yield record
-        except ImageError as error:
-            self.failed.append({"path": shard.key, "reason": error.reason})
-            progress.is_faulty = True
+        for record in self._good_records(shard, number, progress):
+            progress.records += 1
+            progress.in_flight += 1
+            if self.prune:
+                progress.seen.add(storable(record.key))
+            yield record
         if self.prune and not progress.is_faulty:
             self._prune_shard(storable(shard.key), progress.seen)
         progress.seen.clear()
         progress.is_read = True
         self._finish_records(shard.key, 0)
+
+    def _good_records(self, shard: Shard, number: int, progress: ShardProgress) -> Iterator[Record]:
+        """Yield the records of a shard, if it cannot be read to its end those before the fault, which is noted."""
+        try:
+            for record in shard.records():
+                self.found[number] += 1
+                yield record
+        except ImageError as error:
+            self.failed.append({"path": shard.key, "reason": error.reason})
+            progress.is_faulty = True
 
     def _prune_shard(self, key: str, seen: set[str]) -> None:
         for id_, payload in self.store.scan(LOCATION_KEYS, Where("shard", [key])):
@@ -252,12 +236,13 @@ class IndexRun:
         if progress.is_read and not progress.in_flight:
             del self._shards[shard]
             if not progress.is_faulty:
-                self._remember(shard, CompleteShard(progress.version, progress.records, 0))
+                self._complete[shard] = CompleteShard(progress.version, progress.records, 0)
+                if not self._writer.detached:  # it may have stale points, which are there until the run has finished
+                    self._remember(shard)
 
-    def _remember(self, key: str, complete: CompleteShard) -> None:
+    def _remember(self, key: str) -> None:
         points = self.store.count(Where("shard", [storable(key)]))
-        self._complete[key] = complete._replace(points=points)
-        self.manifest.complete(storable(key), self._complete[key])
+        self.manifest.complete(storable(key), self._complete[key]._replace(points=points))
 
     def _version(self, version: str) -> str:
         """Return the version of a shard, with what a run adds to its points."""
@@ -285,10 +270,8 @@ class IndexRun:
         (point,) = named
         id_, payload, path = point.id, point.payload, storable(record.key)
         has_time = record.mtime != 0 or record.shard is None  # what has neither is as its shard or its address
-        is_as_it_was = record.size in (None, payload.get("bytes")) and is_same_moment(
-            point.locations[path].mtime, record.mtime
-        )
-        if not (has_time and is_as_it_was) or (self.thumbnails is not None and self.thumbnails.lacks(id_, payload)):
+        lacks_thumbnail = self.thumbnails is not None and self.thumbnails.lacks(id_, payload)
+        if not (has_time and point.is_as_it_was(record)) or lacks_thumbnail:
             return False
         if point.has_to_change(path):
             if self.embed != IMAGE and self._merger.changes_caption(payload, record):
@@ -323,13 +306,15 @@ class IndexRun:
         self._count(count)
 
     def _has_known_fault(self, record: Record, named: Sequence[NamedPoint]) -> bool:
-        """Return whether a record has the size and mtime that it had when it could not be used."""
-        version = version_of(record)
+        """Return whether a record has the size, mtime and caption that it had when it could not be used."""
+        version = self._tried_version(record)
         reason = self.manifest.fault(storable(record.key), version) if version else None
         if reason is None:
             return False
+        self.manifest.keep_fault(storable(record.key), storable(record.shard))
         for point in named:
-            self._writer.detach(point.id, storable(record.key))
+            if not point.is_as_it_was(record):  # else its caption is at fault, and the image is stored
+                self._writer.detach(point.id, storable(record.key))
         self._fail(record, reason)
         return True
 
@@ -363,18 +348,21 @@ class IndexRun:
         return bool(others)
 
     def _on_failed(self, failed: FailedRecord) -> None:
-        record, error, sha256 = failed
-        if sha256 is None:
-            self._before.pop(record.key, None)
-        else:
+        record, error, tried = failed
+        if tried is not None:
             self._detach_others(record, "")
-        is_lasting = sha256 is not None and not isinstance(error, TransientImageError)
-        if is_lasting:
             fault = Fault(storable(record.key), error.reason)
-            self.manifest.add_fault(fault, storable(record.shard), version_of(record), str(sha256))
-        elif record.shard in self._shards:
-            self._shards[record.shard].is_faulty = True
+            self.manifest.add_fault(fault, storable(record.shard), self._tried_version(record), tried)
+        else:
+            self._before.pop(record.key, None)
+            if record.shard in self._shards:
+                self._shards[record.shard].is_faulty = True
         self._fail(record, error.reason)
+
+    def _tried_version(self, record: Record) -> str:
+        """Return what changes when what is embedded of a record may have changed; empty if that is unknown."""
+        caption = caption_with_image(record, self.embed)
+        return "" if not record.mtime else f"{record.size} {record.mtime}" + (f" {caption}" if caption else "")
 
     def _fail(self, record: Record, reason: str) -> None:
         self.failed.append({"path": record.key, "reason": reason})
@@ -395,8 +383,3 @@ class IndexRun:
     def _misses(self, key: str) -> bool:
         """Return whether a file is gone that the run would have found."""
         return any(source.covers(key) and source.is_deleted(key) for source in self.sources)
-
-
-def version_of(record: Record) -> str:
-    """Return what changes when the content of a record may have changed; empty if that is unknown."""
-    return f"{record.size} {record.mtime}" if record.mtime else ""

@@ -14,6 +14,15 @@ THUMBNAIL_SIZE = 320
 """The maximum of width and height, in pixels."""
 
 
+def check_folder(folder: Path) -> None:
+    """Check that thumbnails can be in a folder.
+
+    :raises CocoaError: If it holds something else, or there can be no such folder.
+    """
+    with readable_errors("folder for thumbnails", folder):
+        refuse_foreign_folder(folder, marker=THUMBNAILS_MARKER)
+
+
 class ThumbnailFolder:
     """A folder of JPEG files, one for each point."""
 
@@ -23,8 +32,8 @@ class ThumbnailFolder:
         :raises CocoaError: If it cannot be created, or holds something else.
         """
         self.folder = Path(os.path.abspath(folder))
+        check_folder(self.folder)
         with readable_errors("folder for thumbnails", folder):
-            refuse_foreign_folder(self.folder, marker=THUMBNAILS_MARKER)
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / THUMBNAILS_MARKER).touch()
 

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TypeAlias, TypeGuard
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.integrations.qdrant.points import NODE_KEYS
+from cocoa_embed.integrations.qdrant.points import LARGEST_INTEGER, NODE_KEYS
 
 Scalar: TypeAlias = str | bool | int | float
 
@@ -29,7 +29,6 @@ OWN_FIELDS = FIELD_TYPES.keys() | NODE_KEYS | {"metadata"}
 
 EXACT_INTEGER = 2**53
 """Integers up to here are exact as floats, which ranges are made of."""
-LARGEST_INTEGER = 2**63 - 1
 
 _STEP = r"""\s*("[^"\\]+"|[^".\[\]\s\\](?:[^".\[\]\\]*[^".\[\]\s\\])?)\s*((?:\[\d*\])*)\s*"""
 _WORD = re.compile(r"[^\W_]")

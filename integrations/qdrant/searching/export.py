@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -42,7 +42,14 @@ def write_points(out: str, points: Iterable[StoredPoint], standard_output: IO[st
     :raises CocoaError: If the file cannot be written.
     """
     if out == STANDARD_OUTPUT:
-        return write_json_lines(nullcontext(standard_output), points)
+        try:
+            count = write_json_lines(nullcontext(standard_output), points)
+            standard_output.flush()
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):  # the reader has what it wants, and typer ends quietly
+                raise
+            raise CocoaError(f"standard output cannot be written ({error.strerror}); give a file") from error
+        return count
     scratch = Path(f"{out}.{os.getpid()}{SCRATCH_SUFFIX}")
     try:
         count = WRITERS[Path(out).suffix](scratch, points)
@@ -50,7 +57,8 @@ def write_points(out: str, points: Iterable[StoredPoint], standard_output: IO[st
     except OSError as error:
         raise CocoaError(f"{printable(out)} cannot be written ({error.strerror})") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or its name is too long
+            scratch.unlink()
     return count
 
 

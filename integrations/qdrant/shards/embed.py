@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -16,9 +17,10 @@ from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import ImageError
 from cocoa_embed.integrations.qdrant.indexing.embed_records import FailedRecord, NewPoint, PointStream
+from cocoa_embed.integrations.qdrant.points import describe
 from cocoa_embed.integrations.qdrant.shards.files import FAILED_SUFFIX, SUFFIX, EmbeddingFolder
-from cocoa_embed.integrations.qdrant.stores.base import IMAGE, TOGETHER, Point, Signature, refuse_both
-from cocoa_embed.sources.base import Record, Source
+from cocoa_embed.integrations.qdrant.stores.base import TOGETHER, Point, Signature, refuse_both
+from cocoa_embed.sources.base import Record, Shard, Source
 
 PART_RECORDS = 2048
 """Images of a part that is no shard, on average; at most four times as many."""
@@ -28,7 +30,7 @@ class Part(NamedTuple):
     """What becomes one file: a shard, or records that are neighbours."""
 
     name: str
-    """A digest of the keys and versions of what it holds: the name of its file."""
+    """A digest of the keys, versions and descriptions of what it holds: the name of its file."""
     key: str
     """Of the shard, or of the first record."""
     records: Callable[[], Iterator[Record]]
@@ -51,24 +53,35 @@ class EmbedSummary:
     seconds: float = 0.0
 
 
-def parts_of(sources: Iterable[Source], embed: str = IMAGE) -> Iterator[Part]:
+def parts_of(sources: Iterable[Source], on_error: Callable[[str, str], object] = lambda *_: None) -> Iterator[Part]:
     """Yield the parts of sources: each shard that has a version, and the records of the others in groups.
 
     A group ends where a digest of the last record's key says so: another file changes one or two groups, not all.
 
-    :param embed: What is embedded of an image; captions that are not change no part.
+    :param on_error: Called with a list that cannot be read to its end, and the reason.
     :raises ImageError: If a folder cannot be listed.
     """
+
+    def records_of(shard: Shard) -> Iterator[Record]:
+        try:
+            yield from shard.records()
+        except ImageError as error:
+            on_error(shard.key, error.reason)
+
     shards = chain.from_iterable(source.shards() for source in sources)
     for is_versioned, together in groupby(shards, key=lambda shard: bool(shard.version)):
         if is_versioned:
             yield from (Part(digest([shard.key, shard.version]), shard.key, shard.records) for shard in together)
         else:
-            records = chain.from_iterable(shard.records() for shard in together)
+            records = chain.from_iterable(map(records_of, together))
             while group := list(take_group(records)):
-                captions = [each.metadata.get("text", "") if embed != IMAGE else "" for each in group]
-                versions = (f"{r.key} {r.mtime} {r.size}{text}" for r, text in zip(group, captions, strict=True))
-                yield Part(digest(versions), group[0].key, partial(iter, group))
+                yield Part(digest(map(version_of, group)), group[0].key, partial(iter, group))
+
+
+def version_of(record: Record) -> str:
+    """Return what changes when the image of a record, or what is said about it, may have changed."""
+    described = json.dumps(describe(record), sort_keys=True) if record.metadata else ""
+    return f"{record.key} {record.mtime} {record.size}{described}"
 
 
 def take_group(records: Iterator[Record]) -> Iterator[Record]:
@@ -90,20 +103,24 @@ def digest(texts: Iterable[str]) -> str:
 def plan(
     sources: Iterable[Source], folder: EmbeddingFolder, *, number: int = 1, count: int = 1, retry_failed: bool = False
 ) -> Iterator[Part | EmbedSummary]:
-    """Yield the parts that a folder lacks, and the summaries of those that it has.
+    """Yield the parts that a folder lacks, the summaries of those that it has, and one of lists that cannot be read.
 
     :param number: Of this machine, from 1 to ``count``, of those that embed the same sources, each every ``count``-th.
     :param retry_failed: Whether it lacks parts of which some images could not be used.
     :raises CocoaError: If the folder or a source cannot be listed.
     """
-    names = folder.names()
-    for part in islice(parts_of(sources, folder.embed), number - 1, None, count):
+    names = set(folder.names())
+    failed: list[dict[str, str]] = []
+    parts = parts_of(sources, lambda path, reason: failed.append({"path": path, "reason": reason}))
+    for part in islice(parts, number - 1, None, count):
         if part.name + SUFFIX in names:
             yield EmbedSummary(folder.place, skipped=1)
         elif part.name + FAILED_SUFFIX in names and not retry_failed:
             yield EmbedSummary(folder.place, skipped=1, failed=folder.failed(part.name + FAILED_SUFFIX))
         else:
             yield part
+    if failed:
+        yield EmbedSummary(folder.place, failed=failed)
 
 
 def sign(folder: EmbeddingFolder, encoder: Encoder) -> None:
@@ -117,7 +134,7 @@ def sign(folder: EmbeddingFolder, encoder: Encoder) -> None:
     folder.sign(Signature(encoder.name, encoder.fingerprint, encoder.dimension, folder.embed, vectors))
 
 
-def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder, *, batch_size: int = 32) -> EmbedSummary:
+def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder) -> EmbedSummary:
     """Embed the images of a part and write its file.
 
     :raises CocoaError: If the file cannot be written.
@@ -132,7 +149,7 @@ def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder, *, batch_s
             failed.append({"path": part.key, "reason": error.reason})
 
     def points() -> Iterator[Point]:
-        for outcome in PointStream(encoder=encoder, embed=folder.embed).run(records(), batch_size):
+        for outcome in PointStream(encoder=encoder, embed=folder.embed).run(records()):
             if isinstance(outcome, NewPoint):
                 yield outcome.point
             elif isinstance(outcome, FailedRecord):
@@ -144,9 +161,7 @@ def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder, *, batch_s
     return EmbedSummary(folder.place, int(count > 0), 0, count, failed, seconds)
 
 
-def embed(
-    planned: Iterable[Part | EmbedSummary], folder: EmbeddingFolder, encoder: Encoder, *, batch_size: int = 32
-) -> Iterator[EmbedSummary]:
+def embed(planned: Iterable[Part | EmbedSummary], folder: EmbeddingFolder, encoder: Encoder) -> Iterator[EmbedSummary]:
     """Embed what a ``plan`` has; yield what became of each part.
 
     :raises CocoaError: If the folder has embeddings of another model, or cannot be written.
@@ -154,7 +169,7 @@ def embed(
     sign(folder, encoder)
 
     def finish(each: Part | EmbedSummary) -> EmbedSummary:
-        return each if isinstance(each, EmbedSummary) else embed_part(each, folder, encoder, batch_size=batch_size)
+        return each if isinstance(each, EmbedSummary) else embed_part(each, folder, encoder)
 
     if not isinstance(encoder, DeviceEncoder):
         yield from map(finish, planned)

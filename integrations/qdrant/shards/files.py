@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cocoa_embed.data.places import file_system, reading
+from cocoa_embed.data.places import file_system, mtime_of, reading
 from cocoa_embed.errors import CocoaError, one_line, printable, require
 from cocoa_embed.folders import SCRATCH_SUFFIX
 from cocoa_embed.integrations.qdrant.stores.base import BOTH, IMAGE, Point, Signature
@@ -53,19 +53,20 @@ class EmbeddingFolder:
     def _path(self) -> str:
         return self._opened[1].rstrip("/")
 
-    def names(self) -> set[str]:
-        """Return the names of the Parquet files that are complete.
+    def names(self) -> list[str]:
+        """Return the names of the Parquet files that are complete, in the order in which they were written.
 
         :raises CocoaError: If the folder cannot be listed.
         """
         try:
-            listed = self._system.ls(self._path, detail=False, refresh=True)
+            listed = self._system.ls(self._path, detail=True, refresh=True)
         except FileNotFoundError:
-            return set()
+            return []
         except Exception as error:  # remote file systems raise nearly anything
             raise CocoaError(f"{printable(self.place)} cannot be listed ({one_line(error)})") from error
-        names = (PurePosixPath(name).name for name in listed)
-        return {name for name in names if name.endswith(SUFFIX) and not name.startswith(".")}
+        written = {PurePosixPath(info["name"]).name: mtime_of(info) for info in listed}
+        complete = (name for name in written if name.endswith(SUFFIX) and not name.startswith("."))
+        return sorted(complete, key=lambda name: (written[name], name))
 
     def signature(self) -> Signature | None:
         """Return the model that made the embeddings; None for a folder without any.

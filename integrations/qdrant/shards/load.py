@@ -43,7 +43,8 @@ def load(
     """Load the points of a folder into a collection, which is created if it does not exist.
 
     A content that the collection has already, from an earlier file or run, keeps its vector and gets the paths of the
-    new point; a path leaves the point of its earlier content.
+    new point; a path leaves the point of its earlier content. Of several descriptions of an image, the one in the file
+    that was written last stays.
 
     :param number: Of this process, from 1 to ``count``, of those that load the folder, each every ``count``-th file.
     :raises CocoaError: If the folder has no embeddings, or those of another model than the collection.
@@ -51,7 +52,7 @@ def load(
     signature = folder.require_signature()
     started = time.perf_counter()
     store.create(signature)
-    names = sorted(folder.names())[number - 1 :: count]
+    names = folder.names()[number - 1 :: count]
     points = 0
     for name in names:
         # A writer a file: what it has written, the lookups of the next file find.

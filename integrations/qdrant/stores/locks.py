@@ -8,9 +8,10 @@ from cocoa_embed.errors import CocoaError
 
 
 def in_use(location: str) -> CocoaError:
-    """Return the error for a folder that another process uses."""
+    """Return the error for a folder that something else uses."""
     return CocoaError(
-        f"the index {location} is in use by another process; wait for it, or run a Qdrant server and give its --url"
+        f"the index {location} is in use by another process, or by another indexer in this one; wait for the process,"
+        " close the other indexer, or run a Qdrant server and give its --url"
     )
 
 

@@ -222,6 +222,24 @@ def test_a_caption_that_a_model_refuses_is_a_sentence(tmp_path: Path) -> None:
         album.run()
 
 
+def test_a_caption_that_is_refused_with_its_image_costs_no_point_and_is_tried_again_when_corrected(
+    tmp_path: Path,
+) -> None:
+    album = Album(tmp_path / "photos", client=QdrantClient(":memory:"), embed=TOGETHER)
+    album.describe(red="<|image_pad|>")
+    summary = album.run()
+    assert (summary.indexed, [failure["path"] for failure in summary.failed]) == (3, [str(album.folder / "red.png")])
+    assert (len(album.run().failed), album.embedded) == (1, []), "the same caption is not tried again"
+    album.describe(red="a red thing")
+    assert (album.run().indexed, album.embedded) == (1, [("image", "text")])
+    for caption in ("<|image_pad|>", "<|image_pad|> again"):
+        album.describe(red=caption)
+        assert [len(album.run().failed), len(album.run().failed)] == [1, 1]
+        assert album.captions(TOGETHER)["red.png"] == "a red thing"
+    album.describe(red="a red thing")
+    assert (album.run().unchanged, album.run().failed) == (4, [])
+
+
 def test_a_model_that_takes_no_image_with_a_text_embeds_them_apart(tmp_path: Path) -> None:
     model = FakeModel()
     model.supports = lambda modality: isinstance(modality, str)  # type: ignore[method-assign, assignment]

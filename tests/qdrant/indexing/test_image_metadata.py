@@ -1,12 +1,18 @@
 import datetime
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
-from table_files import write_images, write_table
+from fake_model import FakeModel
+from qdrant_client import QdrantClient
+from source_files import tar
+from table_files import png, write_images, write_table
 
 from cocoa_embed.images.passed_over import PassedOver
+from cocoa_embed.integrations.qdrant import QdrantIndexer
 from cocoa_embed.sources.base import Record
 from cocoa_embed.sources.files import file_sources, is_deleted
 
@@ -70,3 +76,29 @@ def test_a_system_folder_that_is_named_beside_the_folder_around_it_is_searched(t
     named = [tmp_path, tmp_path / ".thumbnails" / "a.png", tmp_path / "sub"]
     assert sorted(record.relative_key for record in ImageFiles(named).records) == ["a.png", "a.png", "sub/a.png"]
     assert ImageFiles([tmp_path], ["sub/"]).passed_over.counts == {"system folder": 1, "excluded": 1}
+
+
+@pytest.mark.usefixtures("few_payload_indexes")
+@pytest.mark.parametrize("name", ["photos", "a.tar", "memory://described", "list.csv"])
+def test_a_description_that_is_removed_or_emptied_is_removed_from_the_index(tmp_path: Path, name: str) -> None:
+    place = name if "://" in name else str(tmp_path / name)
+
+    def write(text: str) -> None:
+        if name == "photos":
+            write_images(tmp_path / "photos", "a")
+            (tmp_path / "photos" / "a.txt").write_text(text)
+        elif name == "a.tar":
+            (tmp_path / "a.tar").write_bytes(tar([("a.png", png()), *([("a.txt", text.encode())] if text else [])]))
+            os.utime(tmp_path / "a.tar", (len(text), len(text)))
+        else:
+            rows = f"file_name,text\n{'a' if text else 'b'}.png,words\n".encode()
+            fsspec.filesystem("memory").pipe({"/described/a.png": png(), "/described/metadata.csv": rows})
+            row = {"url": "memory://described/a.png", "text": text}
+            write_table(tmp_path / "list.csv", [row if text else {"url": row["url"]}])
+
+    indexer = QdrantIndexer(FakeModel(), client=QdrantClient(":memory:"))
+    for text, summary in ("words", (1, 0)), ("", (0, 1)):
+        write(text)
+        found = indexer.index(place, progress=False)
+        assert (found.indexed, found.updated, found.failed) == (*summary, [])
+        assert [point.payload["caption"] for point in indexer.store.points()] == [text or None]

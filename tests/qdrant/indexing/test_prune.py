@@ -11,9 +11,12 @@ import pytest
 from fake_model import FakeModel
 from PIL import Image
 from qdrant_client import QdrantClient
+from source_files import tar
+from table_files import png
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.integrations.qdrant import IndexSummary, QdrantIndexer
+from cocoa_embed.sources.base import storable
 
 COUNT = 20
 
@@ -166,6 +169,17 @@ def test_a_name_that_neither_the_disk_nor_the_index_knows_is_reported(disk: Disk
     assert len(disk.paths) == COUNT
 
 
+def test_an_archive_that_is_named_itself_is_pruned_when_it_is_gone(disk: Disk, tmp_path: Path) -> None:
+    archive = tmp_path / "a.tar"
+    archive.write_bytes(tar([("x.png", png(1)), ("sub/y.png", png(2))]))
+    disk.run(archive)
+    archive.unlink()
+    (failure,) = disk.run(archive, prune=True).failed
+    assert failure["reason"].startswith("has no images, and 2 of its 2 points would be pruned")
+    assert disk.run(archive, disk.folder, prune_all=True).pruned == 2
+    assert len(disk.paths) == COUNT
+
+
 class TestMoved:
     def test_the_path_of_a_moved_folder_is_the_one_that_exists_and_the_old_one_is_pruned_by_name(
         self, disk: Disk, tmp_path: Path
@@ -232,9 +246,10 @@ class TestForget:
             ids, ("/a.tar#1.jpg", "/a.tar#2.jpg", "s3://bucket/x/1.jpg", "https://h/1.jpg"), strict=False
         ):
             stored = store.retrieve([id_])[id_]
-            new = {
+            new: dict[str, Any] = {
                 key: [*stored[key], value] for key, value in (("paths", path), ("relative_paths", "x"), ("mtimes", 0))
             }
+            new |= {"shard": "/a.tar"} if path.startswith("/a.tar#") else {}
             store.replace_payloads([(id_, stored, {**stored, **new})])
         paths = [tmp_path / "copy", disk.folder / "1.bmp", "/a.tar", "s3://bucket/x", "https://h/1.jpg", "/a.ta"]
         forgotten = disk.indexer.forget(paths)
@@ -243,6 +258,26 @@ class TestForget:
         assert disk.paths == {str(path) for path in disk.folder.glob("*") if path.name != "1.bmp"}
         assert disk.indexer.forget(disk.folder).deleted == COUNT - 1
         assert disk.run().indexed == COUNT
+
+    def test_a_file_beside_a_folder_stays_and_each_name_counts_what_it_names(self, disk: Disk, tmp_path: Path) -> None:
+        trip = tmp_path / "trip"
+        disk.paint(trip, 2, first=100)
+        shutil.copy(trip / "100.bmp", tmp_path / "trip#2.bmp")
+        disk.run(tmp_path)
+        forgotten = disk.indexer.forget([trip / "101.bmp", f"{trip}/", f"file://{trip}"])
+        assert forgotten == ({str(trip / "101.bmp"): 1, f"{trip}/": 2, f"file://{trip}": 2}, 1)
+        assert str(tmp_path / "trip#2.bmp") in disk.paths
+
+    def test_what_is_forgotten_of_an_archive_is_back_after_a_run(self, disk: Disk, tmp_path: Path) -> None:
+        archive = tmp_path / os.fsdecode(b"caf\xe9.tar")
+        archive.write_bytes(tar([("x.png", png(1)), ("copy.png", png(1)), ("y.png", png(2))]))
+        assert disk.run(archive).indexed == 2
+        shards = {payload.get("shard") for _, payload in disk.indexer.store.scan(["shard"])}
+        assert shards == {None, storable(str(archive))}
+        assert disk.indexer.forget(f"{archive}#copy.png") == ({f"{archive}#copy.png": 1}, 0)
+        assert (disk.run(archive).updated, len(disk.paths)) == (1, COUNT + 3)
+        assert disk.indexer.forget(archive).deleted == 2
+        assert (disk.run(archive).indexed, len(disk.paths)) == (2, COUNT + 3)
 
     def test_a_missing_collection_is_an_error(self, disk: Disk) -> None:
         with pytest.raises(CocoaError, match="no collection 'other'"):

@@ -42,7 +42,7 @@ class TestBoth:
         self, backend: str, store: Store, opener: Opener, folder: Path
     ) -> None:
         store.insert(make_points(0, 3))
-        with pytest.raises(CocoaError, match=r"store is in use by another process; wait for it, or run a Qdrant"):
+        with pytest.raises(CocoaError, match=r"store is in use by .* in this one; .*, or run a Qdrant"):
             opener().insert(make_points(3, 4))
         store.close()
         is_edge = backend == "edge"
