@@ -2,9 +2,10 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-from cocoa_embed.errors import CocoaError
+from cocoa_embed.errors import CocoaError, UsageError
 
 DEFAULT_INDEX = "cocoa-index"
 """The folder of the local index, where no other place is named."""
@@ -38,6 +39,17 @@ def refuse_foreign_folder(folder: Path, *, marker: str) -> None:
         )
 
 
+def refuse_to_overwrite(out: Path, inputs: Iterable[Path]) -> None:
+    """Check that an output folder, of which ``claim_folder`` leaves nothing, holds nothing that is read.
+
+    :param inputs: Files and folders.
+    :raises UsageError: If it does.
+    """
+    for path in inputs:
+        if path.resolve().is_relative_to(out.resolve()):
+            raise UsageError(f"{out} holds {path}, which the run reads; give another output folder.")
+
+
 def refuse_checkpoint(out: Path) -> None:
     """Check that an output folder is not inside a training run: a checkpoint looks like an earlier export.
 
@@ -50,12 +62,14 @@ def refuse_checkpoint(out: Path) -> None:
 def claim_folder(folder: Path, *, marker: str) -> None:
     """Create ``folder``, empty but for its ``marker`` file; the output of an earlier run is removed.
 
+    The marker goes last, so that what a kill leaves is not taken for something else.
+
     :raises CocoaError: If it is a file, a folder that holds something else, or cannot be written.
     """
     refuse_foreign_folder(folder, marker=marker)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for entry in folder.iterdir():
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == marker):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:

@@ -29,7 +29,7 @@ from cocoa_embed.train.loop.callbacks import (
     show_progress,
     write_tensorboard,
 )
-from cocoa_embed.train.loop.checkpoints import newest_complete, read_complete, snapshot_folder
+from cocoa_embed.train.loop.checkpoints import explain_full_disk, newest_complete, read_complete, snapshot_folder
 from cocoa_embed.train.loop.memory_trial import fit_to_memory, recompute_activations
 from cocoa_embed.train.loop.oom import explain_out_of_memory
 from cocoa_embed.train.loop.processes import by_first_process, refuse_idle_accelerators, taking_turns
@@ -69,7 +69,7 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False, inspect: Inspect | N
     results = list(prepared.results)
     for name in prepared.rows:
         stage = prepared.recipe.stages[name]
-        with explain_out_of_memory(name, stage.memory_remedy()):
+        with explain_out_of_memory(name, stage.weights_remedies()):
             results.append(_run_stage(stage, prepared, results, out, inspect))
         clear_device_cache(garbage_collection=True)  # trainers and their callbacks refer to each other and to the model
     if PartialState().is_main_process:
@@ -191,7 +191,8 @@ def _save(
                 raise CocoaError("No image can be read to check the merge of the adapter; repair the images, then run "
                                  "again with --resume.")  # fmt: skip
             adapter.merge(render_items(processor, [joined(usable[0])]))
-        stage.save(trainer, processor, folder)
+        with explain_full_disk(f"The weights of stage {stage.name}"):
+            stage.save(trainer, processor, folder)
         state = trainer.state
         log: list[dict[str, Any]] = list(state.log_history)
         result = StageResult(stage.name, folder, state.global_step, len(rows), trainer.seconds(), log, stage.facts())

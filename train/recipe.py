@@ -1,6 +1,7 @@
 """A recipe: a whole run, read from YAML and overrides and validated, without torch."""
 
 import json
+import os
 from collections.abc import Mapping
 from glob import glob
 from importlib.resources import files
@@ -15,8 +16,16 @@ from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 from cocoa_embed.data.mmeb import default_train_subsets
-from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable
-from cocoa_embed.train.settings import SOURCE_KINDS, DataSettings, RunSettings, Settings, SourceSettings, StageSettings
+from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, one_line, printable
+from cocoa_embed.train.settings import (
+    SOURCE_KINDS,
+    DataSettings,
+    RunSettings,
+    Settings,
+    SourceSettings,
+    StageSettings,
+    expand_home,
+)
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.moca.settings import MocaSettings
@@ -36,8 +45,27 @@ UNION_MEMBERS = frozenset({"bool", "constrained-int", "literal['auto']"})
 OTHER_LENGTH = {"steps": ("epochs", "min_steps"), "epochs": ("steps",)}
 """The keys of a stage's length, and those that an override of one replaces."""
 
-_OF_ONE_SOURCE = {"subsets", *SourceSettings.model_fields} - {"streaming", "limit", "limit_order", "weight"}
+_OF_ONE_SOURCE = {"subsets", *SourceSettings.model_fields} - {"limit", "limit_order", "weight"}
 """The keys that describe only their own source; the others say how rows are drawn from any."""
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Takes keys as they are written: YAML reads ``no`` as a truth value, and 2024-05-01 as a date."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge what ``<<`` names into a mapping, and make its keys texts."""
+        super().flatten_mapping(node)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = "tag:yaml.org,2002:str"
+
+
+def read_yaml(text: str) -> Any:  # noqa: ANN401
+    """Return the value of a YAML text, whose keys are texts.
+
+    :raises yaml.YAMLError: If it is none.
+    """
+    return yaml.load(text, RecipeLoader)
 
 
 class Recipe(RunSettings):
@@ -100,11 +128,13 @@ class Recipe(RunSettings):
         """
         path = _find_recipe(str(name_or_path))
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        # Until here, what stands at several places by a YAML alias is one object.
-        values = json.loads(json.dumps(values, default=str))
+            values = read_yaml(path.read_text(encoding="utf-8"))
+            # Until here, what stands at several places by a YAML alias is one object.
+            values = json.loads(json.dumps(values, default=str))
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read ({error.strerror})") from error
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or an alias of what it is in
+            raise UsageError(f"{path} is not valid YAML: {one_line(error)}") from error
         if not isinstance(values, dict):
             raise UsageError(f"{path} holds no recipe; expected keys such as {', '.join(cls.model_fields)}.")
         for override in overrides or []:
@@ -163,7 +193,7 @@ def missing_paths(recipe: type[Recipe], values: Mapping[str, Any]) -> list[str]:
             merged = _merged(_valid_data(values.get("data")), _valid_data(given.get("data")))
             for source in _sources(DataSettings(**merged)).values():
                 missing += [f"data.{kind} {printable(path)} does not exist" for kind, path in _missing(source)]
-    if isinstance(backbone := values.get("backbone"), str) and not Path(backbone).is_dir():
+    if isinstance(given := values.get("backbone"), str) and not os.path.isdir(backbone := expand_home(given)):
         built_in = [entry.name for entry in (files("cocoa_embed") / "backbones").iterdir() if entry.is_dir()]
         if backbone.startswith(LOCAL_PREFIXES) or ("/" not in backbone and backbone not in built_in):
             missing.append(f"backbone {printable(backbone)} does not exist {did_you_mean(backbone, built_in)}")
@@ -184,7 +214,7 @@ def _missing(source: SourceSettings) -> list[tuple[str, str]]:
         (kind, path)
         for kind, path in paths.items()
         if (kind not in ("mmeb", "hub") or path.startswith(LOCAL_PREFIXES))
-        and not Path(path).exists()
+        and not os.path.exists(path)  # Path.exists raises for a name that is too long
         and not (kind in ("file", "webdataset") and ("://" in path or glob(path, recursive=True)))
     ]
 
@@ -196,7 +226,7 @@ def recipe_names() -> list[str]:
 
 def _find_recipe(name_or_path: str) -> Path:
     path = RECIPES / f"{name_or_path}.yaml" if name_or_path in recipe_names() else Path(name_or_path)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     raise UsageError(
         f"No recipe {name_or_path!r}: neither a file nor a recipe of this package "
@@ -222,7 +252,7 @@ def apply_override(recipe: type[Settings], values: dict[str, Any], override: str
         if not isinstance(values, dict):
             raise UsageError(f"Override {override!r}: {parent} is a value and has no keys of its own.")
     try:
-        values[last] = yaml.safe_load(text)
+        values[last] = read_yaml(text)
     except yaml.YAMLError as error:
         raise UsageError(f"Override {override!r}: {text!r} is not a YAML value.") from error
     if parents and last in OTHER_LENGTH and values[last] is not None:

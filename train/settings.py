@@ -1,7 +1,8 @@
 """The settings that stages share, validated: no torch is imported and no file is read."""
 
+import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -26,6 +27,8 @@ Auto: TypeAlias = Literal["auto"]
 
 Pooling: TypeAlias = Literal["eos", "mean"]
 
+APath = TypeVar("APath", Path, str, None)
+
 MOST_AUTO_ROWS = 16
 """Rows of a micro-batch that is chosen where nothing is tried: on a CPU, with sharded weights, and in plans."""
 
@@ -33,10 +36,15 @@ SOURCE_KINDS = ("folder", "file", "webdataset", "mmeb", "hub")
 """The keys of ``SourceSettings`` of which a source gives exactly one."""
 
 
+def expand_home(path: APath) -> APath:
+    """Return a path with the user's folder in the place of ``~``, as a shell gives it; other names stay."""
+    return path if path is None else type(path)(os.path.expanduser(path))
+
+
 class Settings(BaseModel):
     """A part of a recipe. Unknown keys are refused, and values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ColumnsSettings(Settings):
@@ -78,7 +86,6 @@ class SourceSettings(Settings):
     :param paraphrases: For image folders: this many text-only rows per image, from one caption to another.
     :param limit: Draw only so many entries (images of a folder, else rows), by the recipe's seed; all by default.
     :param limit_order: ``first`` takes the first entries instead.
-    :param streaming: Refused: a stream cannot be resumed at a row, nor can rows be drawn from it at random.
     :param weight: How often each row is drawn. The rows of a fraction are drawn by the recipe's seed.
     """
 
@@ -93,7 +100,6 @@ class SourceSettings(Settings):
     columns: ColumnsSettings | None = None
     query_instruction: str | None = None
     positive_instruction: str | None = None
-    streaming: bool = False
     captions: RowChoice = "text"
     paraphrases: Count = 0
     limit: Positive | None = None
@@ -105,12 +111,7 @@ class SourceSettings(Settings):
         """The constant instructions by side."""
         return {side: given for side in ("query", "positive") if (given := getattr(self, f"{side}_instruction"))}
 
-    @field_validator("streaming")
-    @classmethod
-    def _refuse_streams(cls, streaming: bool) -> bool:
-        if streaming:
-            raise ValueError("a stream can neither be resumed at a row nor drawn from at random; download the data set")
-        return streaming
+    _expand_home = field_validator("images", *SOURCE_KINDS)(expand_home)
 
     @model_serializer(mode="wrap")
     def _as_given(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -292,6 +293,8 @@ class RunSettings(Settings):
     max_pixels: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     prompts: PromptSettings = PromptSettings()
+
+    _expand_home = field_validator("backbone", "vision_cache")(expand_home)
 
     @field_validator("name")
     @classmethod

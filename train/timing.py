@@ -46,7 +46,7 @@ def seconds_per_step(prepared: Prepared) -> dict[str, float]:
     seconds = {}
     for name in prepared.rows:
         stage = prepared.recipe.stages[name]
-        with explain_out_of_memory(name, stage.memory_remedy()), tempfile.TemporaryDirectory() as folder:
+        with explain_out_of_memory(name, stage.weights_remedies()), tempfile.TemporaryDirectory() as folder:
             seconds[name] = _time(stage, prepared, start, Path(folder))
         clear_device_cache(garbage_collection=True)
     return seconds

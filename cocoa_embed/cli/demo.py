@@ -19,7 +19,9 @@ DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "ji
 def demo(
     out: Annotated[Path, typer.Option("--out", help="The folder for the exported model.")] = Path("cocoa-qwen2vl"),
     work: Annotated[Path, typer.Option("--work", help="The folder for everything else.")] = Path("cocoa-demo"),
-    photos: Annotated[Path | None, typer.Option(help="A folder of captioned photographs, for drawn scenes.")] = None,
+    photos: Annotated[
+        Path | None, typer.Option(help="A folder of captioned photographs, instead of drawn scenes.")
+    ] = None,
     captions: Annotated[
         CaptionChoice, typer.Option(help="What is used of a photograph: all of its captions, or its text.")
     ] = "captions",
@@ -39,7 +41,7 @@ def demo(
         recipe = "tiny" if photos is None else "photos"
         overrides = ["data.folder=.", *([] if backbone is None else [f"backbone={json.dumps(backbone)}"])]
         check_all(  # before torch, which takes seconds
-            partial(check_folders, out, work, photos),
+            partial(check_folders, out, work, photos, backbone),
             partial(Recipe.load, recipe, overrides, check_paths=True),
             *([] if photos is None else [partial(read_photographs, photos, captions)]),
         )

@@ -3,24 +3,24 @@
 from pathlib import Path
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.folders import refuse_checkpoint, refuse_foreign_folder
+from cocoa_embed.folders import refuse_checkpoint, refuse_foreign_folder, refuse_to_overwrite
 from cocoa_embed.model.training_record import TRAINING_FILE
 
 MARKER = ".cocoa-demo"
 """Marks the demo's working folder."""
 
 
-def check_folders(out: Path, work: Path, photos: Path | None = None) -> None:
+def check_folders(out: Path, work: Path, photos: Path | None = None, backbone: str | None = None) -> None:
     """Check that both output folders may be written.
 
-    :param photos: A folder that is read.
-    :raises CocoaError: If an output folder holds something else, or they lie inside each other or around ``photos``.
+    :param photos: A folder that is read; so is ``backbone``, if it is a folder.
+    :raises CocoaError: If an output folder holds something else or what is read, or they lie inside each other.
     """
     if work.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(work.resolve()):
         raise UsageError(f"{out} and {work} lie inside each other; give --out and --work folders apart.")
+    inputs = [Path(path) for path in (photos, backbone) if path is not None and Path(path).is_dir()]
     for folder in (out, work):
-        if photos is not None and photos.resolve().is_relative_to(folder.resolve()):
-            raise UsageError(f"{photos} is in {folder}, which the demo replaces; give another --out or --work.")
+        refuse_to_overwrite(folder, inputs)
     refuse_checkpoint(out)
     refuse_foreign_folder(out, marker=TRAINING_FILE)
     refuse_foreign_folder(work, marker=MARKER)

@@ -78,7 +78,7 @@ def split_photographs(folder: Path, captions: CaptionChoice, out: Path) -> tuple
 def link_or_copy(source: Path, target: Path) -> None:
     """Make ``target`` a hard link to a file, or a copy where there can be none."""
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # of a symbolic link, the file: a relative one leads nowhere from here
     except OSError:  # on another disk, or where files cannot be linked
         shutil.copyfile(source, target)
 

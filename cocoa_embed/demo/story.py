@@ -68,7 +68,7 @@ class Demo:
         """
         started = time.perf_counter()
         console, meter = Console(stderr=True), Meter()
-        check_folders(self.out, self.work, self.photos)
+        check_folders(self.out, self.work, self.photos, self.backbone)
         claim_folder(self.work, marker=MARKER)
         with meter.part("data", console):
             whole = self._with_images(console)
@@ -149,9 +149,9 @@ class Demo:
 
     def _export(self, model: SentenceTransformer, checkpoint: Path, metrics: Metrics) -> None:
         training = read_training(checkpoint)
-        pairs = Recipe.parse(training["recipe"]).data_of("contrastive").limit or self.training_images
         kind = "drawn scenes" if self.photos is None else "captioned photographs"
-        training["data"] = f"{self.training_images} {kind}; the contrastive stage saw the first {pairs} as pairs"
+        pairs = training["stages"][-1]["rows"]
+        training["data"] = f"{self.training_images} {kind}; the contrastive stage saw {pairs} pairs of them"
         training["results"] = {
             f"{self.held_out_images} held-out {self._kind}, {direction.replace('_', ' ')}": measured
             for direction, measured in metrics.items()

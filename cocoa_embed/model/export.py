@@ -161,7 +161,7 @@ def save_sentence_transformer(model: SentenceTransformer, out: Path, training: d
     if len(eos_tokens(model.tokenizer)) > 1:
         training = {**training, "vectors": vectors}
     write_training(out, training)
-    (out / "README.md").write_text(model_card(out.name, model, training), encoding="utf-8")
+    (out / "README.md").write_text(model_card(out.resolve().name, model, training), encoding="utf-8")
     return out
 
 

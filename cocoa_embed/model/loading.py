@@ -133,7 +133,7 @@ def side_by_side(model: MultiVectorEncoder) -> SentenceTransformer:
         raise ValueError("it has a vector for each token; use a model of one vector, or of as many as <EOS>")
     transformer: Any = model[0]
     prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
-    return embedding_model(transformer, prompts, "eos", model.device.type, count)
+    return embedding_model(transformer, prompts, "eos", str(model.device), count)
 
 
 def find_device(device: str | None) -> str:

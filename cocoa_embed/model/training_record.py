@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
-from cocoa_embed.folders import write_atomically
+from cocoa_embed.folders import RUN_MARKER, write_atomically
 
 TRAINING_FILE = "cocoa_training.json"
 """In every checkpoint and export: the recipe and the stages of the weights. It is written after all other files."""
@@ -74,7 +74,9 @@ def write_run(folder: Path, run_record: dict[str, Any]) -> None:
 
 def run_of(path: Path) -> Path | None:
     """Return the run that a folder inside it (a stage, a checkpoint) is part of; None if there is none."""
-    return next((parent for parent in path.resolve().parents[:3] if (parent / RUN_FILE).is_file()), None)
+    files = (RUN_MARKER, RUN_FILE)  # other programs have a run.json, too
+    parents = path.resolve().parents[:3]
+    return next((parent for parent in parents if all((parent / name).is_file() for name in files)), None)
 
 
 def explain_unfinished(path: Path) -> str | None:

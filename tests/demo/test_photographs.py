@@ -10,6 +10,7 @@ from scored_model import write_captioned
 from test_story import RECIPE
 
 from cocoa_embed.data.image_folder import find_metadata, read_metadata
+from cocoa_embed.demo import MARKER
 from cocoa_embed.demo.photographs import FEWEST, findings, split_photographs
 from cocoa_embed.demo.story import Demo
 from cocoa_embed.train.data.caption_rows import read_image_folder
@@ -52,6 +53,17 @@ def test_the_split_depends_on_the_files_contents_alone(photos: Path, tmp_path: P
     assert {len(texts) for texts in contents(tmp_path / "again" / "train").values()} == {1}
 
 
+def test_photographs_that_are_relative_links_are_split_as_files(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    shutil.copy(photos / "metadata.jsonl", tmp_path / "links")
+    for path in photos.glob("*.png"):
+        (tmp_path / "links" / path.name).symlink_to(Path("..") / "photos" / path.name)
+    counts, _ = split_photographs(tmp_path / "links", "captions", tmp_path / "deep" / "split")
+    files = [*(tmp_path / "deep").rglob("*.png")]
+    assert len(files) == sum(counts.values()) == 60
+    assert not any(path.is_symlink() for path in files)
+
+
 def test_broken_photographs_are_left_out_and_named(photos: Path, tmp_path: Path) -> None:
     (photos / "7.png").write_bytes(b"no picture")
     counts, faults = split_photographs(photos, "captions", tmp_path / "split")
@@ -63,6 +75,8 @@ def test_broken_photographs_are_left_out_and_named(photos: Path, tmp_path: Path)
 def test_wrong_folders_are_a_sentence_each(photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(photos.parent)
     (photos.parent / "bare").mkdir()
+    (photos.parent / "work" / "mine").mkdir(parents=True)
+    (photos.parent / "work" / MARKER).touch()
     few = photos.parent / "few"
     shutil.copytree(photos, few)
     (few / "metadata.jsonl").write_text("".join((photos / "metadata.jsonl").read_text().splitlines(keepends=True)[:12]))
@@ -71,7 +85,8 @@ def test_wrong_folders_are_a_sentence_each(photos: Path, command: Command, monke
         (["--photos", "bare"], "1 bare has no metadata.jsonl"),
         (["--photos", "few"], f"1 few has 12 captioned images; the demo takes {FEWEST} or more"),
         (["--photos", "photos", "--backbone", "./nothing"], "1 recipe photos: backbone ./nothing does not exist"),
-        (["--photos", "photos", "--work", "photos"], "2 photos is in photos, which the demo replaces"),
+        (["--photos", "photos", "--work", "photos"], "2 photos holds photos, which the run reads"),
+        (["--backbone", "work/mine", "--work", "work"], "2 work holds work/mine, which the run reads"),
     ):
         assert message in command("demo", "--out", "model", *arguments).error().replace("\n", " ")
     assert not (photos.parent / "model").exists()

@@ -118,21 +118,61 @@ def test_a_killed_run_resumes_to_the_weights_and_the_log_of_an_uninterrupted_one
     assert measured == [("vision", 2), ("vision", 4), ("all", 2), ("all", 4), ("all", 5)]
 
 
+def test_a_finished_run_is_not_trained_again_even_if_its_last_files_were_not_removed(
+    whole: Path, scene_folder: Path, held_out_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    before = contents(out)
+    (out / "checkpoints" / "all").mkdir(parents=True)
+    monkeypatch.setattr(run, "_run_stage", die)
+    settings = tiny(scene_folder, *RESUMED, held_out=held_out_folder)
+    pretrain(settings, out, resume=True)
+    assert contents(out) == before
+    assert not (out / "checkpoints").exists()
+    with pytest.raises(Killed):
+        pretrain(settings, out)
+
+
+def test_a_run_whose_captions_have_changed_is_not_resumed(scene_folder: Path, tmp_path: Path, killing: Killing) -> None:
+    data, out = Path(shutil.copytree(scene_folder, tmp_path / "scenes")), tmp_path / "out"
+    killing("all", 1)
+    with pytest.raises(Killed):
+        pretrain(tiny(data, "vision.steps=0"), out)
+    before = contents(out)
+    (data / "metadata.jsonl").write_text((data / "metadata.jsonl").read_text().replace("circle", "blob"))
+    with pytest.raises(UsageError, match=r"captions or the images of the run in .* have changed .* restore them"):
+        pretrain(tiny(data, "vision.steps=0"), out, resume=True)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("held", ["data", "held_out", "language_model", "teacher"])
+def test_a_folder_that_holds_what_the_run_reads_is_refused(held: str, scene_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / run.MARKER).touch()
+    given = {"data": str(scene_folder), "held_out": None, "language_model": None, "teacher": None}
+    settings = PretrainSettings.model_validate({**given, held: str(tmp_path / "mine")})
+    with pytest.raises(UsageError, match="mine, which the run reads"):
+        pretrain(settings, tmp_path)
+
+
 def test_the_best_weights_by_the_held_out_loss_are_written_and_the_last_beside_them(
     scene_folder: Path, held_out_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = iter([3.0, 9.0, 1.0, 9.0, 2.0, 9.0])  # right and wrong, of three measurements
+    of_all = [3.0, 9.0, 1.0, 9.0, 2.0, 9.0]  # right and wrong, of three measurements
+    losses = iter([1.0, 9.0, 2.0, 9.0, *of_all])
     monkeypatch.setattr(run.PretrainTrainer, "_mean_loss", lambda *_: next(losses))
     states = {}
 
     def keep(trainer: run.PretrainTrainer, folder: Path, name: str) -> None:
-        for step in (4, 6):
-            trainer.add_callback(AtStep(step, lambda step=step: states.update({step: weight(trainer.model)})))
+        assert not (tmp_path / "out" / "last").exists()
+        if name == "all":
+            for step in (4, 6):
+                trainer.add_callback(AtStep(step, lambda step=step: states.update({step: weight(trainer.model)})))
         real(trainer, folder, name)
 
     real = run.train
     monkeypatch.setattr(run, "train", keep)
-    pretrain(tiny(scene_folder, "vision.steps=0", "all.steps=6", held_out=held_out_folder), tmp_path / "out")
+    pretrain(tiny(scene_folder, "vision.steps=4", "all.steps=6", held_out=held_out_folder), tmp_path / "out")
+    assert not [*losses], "the premise: each stage is measured"
     for folder, step in (("out", 4), ("out/last", 6)):
         assert torch.equal(weight(load_backbone(str(tmp_path / folder)).model), states[step].bfloat16().float())
     assert not torch.equal(states[4], states[6])

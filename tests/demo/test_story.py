@@ -65,7 +65,9 @@ def test_the_metrics_and_the_exported_model_are_those_of_the_checkpoints(finishe
         assert finished.results[direction].keys() == {"recall@1", "recall@5", "recall@10", "mrr"}
     text = [{"text": "a small red circle"}]
     assert np.array_equal(SentenceTransformer(str(finished.demo.out)).encode(text), encoder.model.encode(text))
-    assert f"{ours['text_to_image']['mrr']:.3f}" in (finished.demo.out / "README.md").read_text()
+    card = (finished.demo.out / "README.md").read_text()
+    assert f"{ours['text_to_image']['mrr']:.3f}" in card
+    assert "24 drawn scenes; the contrastive stage saw 8 pairs of them" in " ".join(card.split())
     whole, alone = (read_run(runs / name)["recipe"] for name in ("three-stages", "contrastive-only"))
     assert {key for key in whole if whole[key] != alone[key]} == {"name", "warmup", "bridge"}
 

@@ -5,7 +5,7 @@ import pytest
 from exported import contents
 
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.folders import claim_folder, write_atomically
+from cocoa_embed.folders import claim_folder, refuse_foreign_folder, write_atomically
 
 MARKER = "marker.json"
 
@@ -19,6 +19,28 @@ def test_a_claimed_folder_is_empty_but_for_its_marker(tmp_path: Path) -> None:
         (folder / "stage").mkdir()
         (folder / "stage" / "weights").write_bytes(b"old")
         (folder / "half.txt").write_text("half")
+
+
+@pytest.mark.parametrize("names", [("a", MARKER, "z"), ("z", MARKER, "a"), (MARKER, "a", "z")])
+def test_a_folder_that_was_being_emptied_can_be_claimed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    entries, real = [tmp_path / name for name in names], Path.unlink
+
+    def unlink(path: Path) -> None:
+        real(path)
+        if len(contents(tmp_path)) == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", lambda path: iter(entries))  # in the order of a disk
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.raises(KeyboardInterrupt):
+            claim_folder(tmp_path, marker=MARKER)
+    assert len(contents(tmp_path)) == 1, "the premise: something is left"
+    refuse_foreign_folder(tmp_path, marker=MARKER)
 
 
 @pytest.mark.parametrize(

@@ -130,10 +130,13 @@ def test_a_mean_pooled_embedding_is_the_normalised_mean_over_all_tokens_without_
 
 
 def test_exported_again_it_has_the_same_files_and_embeddings(
-    tiny_export: Path, model: SentenceTransformer, tmp_path: Path
+    tiny_export: Path, model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The card names the folder, also if it is the working directory."""
     assert (tiny_export / "README.md").read_text() == model_card("cocoa-qwen2vl", model, TRAINING)
-    second = save_sentence_transformer(model, tmp_path / "cocoa-qwen2vl", TRAINING)
+    (tmp_path / "cocoa-qwen2vl").mkdir()
+    monkeypatch.chdir(tmp_path / "cocoa-qwen2vl")
+    second = save_sentence_transformer(model, Path(), TRAINING)
     assert contents(second) == contents(tiny_export)
     assert json.loads((second / TRAINING_FILE).read_text()) == TRAINING
     loaded = SentenceTransformer(str(second), device="cpu")

@@ -1,16 +1,20 @@
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from exported import PROMPTS, TRAINING, write_checkpoint
 from tiny_backbones import TINY_MAX_LENGTH
 
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.model import export, template
 from cocoa_embed.model.attention import is_causal
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import export_model
-from cocoa_embed.model.loading import check_model, is_hub_name, load_model
+from cocoa_embed.model.loading import check_model, is_hub_name, load_model, side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +55,18 @@ def test_weights_load_as_the_type_that_is_asked_for(tiny_backbone_path: Path) ->
         load_model(checkpoint, dtype="int8")
     with pytest.raises(UsageError, match=r"--revision main is of a model on the hub, and .* is a folder"):
         load_model(checkpoint, revision="main")
+
+
+def test_a_model_of_several_vectors_stays_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second GPU, which this machine need not have."""
+    monkeypatch.setattr(template, "eos_tokens", lambda tokenizer: ["a", "b"])
+    monkeypatch.setattr(export, "embedding_model", lambda *arguments: arguments[3:])
+
+    class OnSecond(list[None]):
+        tokenizer, prompts, device = SimpleNamespace(), {}, torch.device("cuda:1")
+
+    model: Any = OnSecond([None])
+    assert side_by_side(model) == ("cuda:1", 2)
 
 
 def test_a_folder_that_is_no_model_is_refused_with_a_reason() -> None:

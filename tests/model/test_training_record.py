@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.folders import RUN_MARKER
 from cocoa_embed.model.export import export_model
 from cocoa_embed.model.loading import check_model
 from cocoa_embed.model.training_record import (
@@ -27,6 +28,7 @@ def stopped(tmp_path: Path) -> Path:
     """A run that stopped in its first stage."""
     run = tmp_path / "runs" / "mine"
     (run / "checkpoints" / "warmup" / "checkpoint-13").mkdir(parents=True)
+    (run / RUN_MARKER).touch()
     stages = {stage: {"finished": False, "step": 13, "steps": 60} for stage in ("warmup", "bridge")}
     write_run(run, {"stages": stages})
     return run
@@ -63,6 +65,16 @@ def test_a_folder_that_is_no_run_is_refused_with_the_run_that_it_is_part_of(stop
         with pytest.raises(UsageError, match=re.escape(words)):
             read_run(folder)
     assert run_of(part / "checkpoint-13" / "deeper") is None, "three folders deep"
+
+
+@pytest.mark.parametrize("text", ['{"status": "COMPLETED"}', "[1]", '{"version": 1}'])
+def test_another_programs_run_json_beside_a_model_is_none_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(RUN_FILE).write_text(text)
+    check_model("sentence-transformers/clip-ViT-B-32")
+    assert read_start("scene-captioner").origin == "built-in"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from functools import reduce
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -78,6 +79,9 @@ def test_a_recipe_takes_the_rest_from_the_method(recipe_file: Path) -> None:
         ("bridge", "Override 'bridge' is not of the form key.sub=value"),
         ("=7", "Override '=7' is not of the form key.sub=value"),
         ("name.sub=1", "Override 'name.sub=1': name is a value and has no keys of its own"),
+        *((f"bridge.epochs={text}", f"'{text}': input should be a finite number") for text in ("inf", "nan")),
+        ("data.weight=.inf", "data.weight = inf: input should be a finite number"),
+        ("data.streaming=true", "unknown key 'data.streaming'"),
         ("bridge.steps=[1", "Override 'bridge.steps=[1': '[1' is not a YAML value"),
     ],
 )
@@ -116,6 +120,27 @@ def test_overrides_change_the_recipe_in_their_order(
     assert {key: at(recipe, key) for key in expected} == expected
 
 
+def test_subsets_have_the_names_that_are_written(recipe_file: Path) -> None:
+    """YAML would read them as a date, a truth value and a number."""
+    names = ["2024-05-01", "no", "0x10", "1.0"]
+    subsets = ", ".join(f"{name}: {{file: a.csv}}" for name in names)
+    assert list(Recipe.load(recipe_file, [f"data.subsets={{{subsets}}}"]).sources_of("bridge")) == names
+    recipe_file.write_text(f"{recipe_file.read_text()}contrastive: {{data: {{subsets: {{{subsets}}}}}, epochs: 1, "
+                           "batch_size: 2}\n")  # fmt: skip
+    assert list(Recipe.load(recipe_file).sources_of("contrastive")) == names
+
+
+def test_a_tilde_stands_for_the_users_folder(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(recipe_file.parent))
+    given = ["data.folder=~/photos", "bridge.data.images=~/pictures", "vision_cache=~/cache", "backbone=~/model"]
+    recipe, home = Recipe.load(recipe_file, [*given, "bridge.data.file=~/a/*.csv"]), recipe_file.parent
+    assert recipe.data is not None
+    assert (recipe.data.folder, recipe.vision_cache) == (home / "photos", home / "cache")
+    assert recipe.backbone == str(home / "model")
+    (source,) = recipe.sources_of("bridge").values()
+    assert (source.images, source.file) == (home / "pictures", str(home / "a" / "*.csv"))
+
+
 def test_an_unknown_recipe_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as caught:
@@ -124,7 +149,10 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones(monkeypatch: pytest.Mo
     assert f"(did you mean 'tiny'? known: {', '.join(recipe_names())})" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"- a\n- b\n", b"name: [a\nbackbone: b", b"name: caf\xe9\n"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"- a\n- b\n", b"name: [a\nbackbone: b", b"name: caf\xe9\n", b"name: a\ndata: &a {subsets: {x: *a}}\n"],
+)
 def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "small.yaml"
     path.write_bytes(content)
@@ -133,6 +161,14 @@ def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path: Path, content
     message = " is not valid YAML: " if b"name" in content else " holds no recipe; expected keys such as name"
     assert str(caught.value).startswith(f"{path}{message}")
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_cannot_be_read_is_refused(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(UsageError, match=r"small\.yaml cannot be read \(Permission denied\)"):
+        Recipe.load(recipe_file)
+    with pytest.raises(UsageError, match="No recipe 'xxx"):
+        Recipe.load("x" * 300)
 
 
 def test_a_recipe_read_back_from_json_gives_every_stage_its_data() -> None:
@@ -235,6 +271,7 @@ def test_wrong_keys_and_missing_folders_are_found_together() -> None:
         ("bridge.data={hub: ./nowhere}", "data.hub ./nowhere does not exist"),
         ("backbone=scene-captoner", "backbone scene-captoner does not exist (did you mean 'scene-captioner'?"),
         ("backbone=./nowhere", "backbone ./nowhere does not exist"),
+        *((f"{key}={'x' * 300}", f"{key} xxx") for key in ("data.folder", "backbone")),
     ],
 )
 def test_local_paths_that_a_stage_reads_are_checked_if_asked_for(

@@ -61,17 +61,26 @@ class ImageSizes:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __contains__(self, image: ItemImage) -> bool:
+        return self._place(image) is not None
+
     def __getitem__(self, image: ItemImage) -> ImageSize:
-        number = image_id(image)
-        place = int(np.searchsorted(self.ids, number))
-        if place == len(self.ids) or self.ids[place] != number:
+        if (place := self._place(image)) is None:
             return read_size(image)
         width, height = self.sizes[place].tolist()
         return width, height
 
+    def _place(self, image: ItemImage) -> int | None:
+        number = image_id(image)
+        place = int(np.searchsorted(self.ids, number))
+        return place if place < len(self.ids) and self.ids[place] == number else None
+
 
 class CheckedImages(NamedTuple):
-    """The result of a check: sizes of the usable images, faults by ``image_id``, and how many images it left out."""
+    """The result of a check: sizes of images, faults by ``image_id``, and how many images it left out.
+
+    The sizes are of all usable images, and of those that were usable in an earlier check.
+    """
 
     sizes: ImageSizes
     faults: dict[int, str]
@@ -118,8 +127,8 @@ class ImageCheck:
         self.checked = np.union1d(self.checked, new)
         bad = np.intersect1d(ids, np.array(list(self.faults), dtype=np.int64))
         faults = {number: self.faults[number] for number in bad.tolist()}
-        good = self.known[np.isin(self.known["id"], np.setdiff1d(ids, bad))]
-        sizes = ImageSizes(good["id"].copy(), np.stack([good["width"], good["height"]], axis=1))
+        known = self.known[np.isin(self.known["id"], ids)]
+        sizes = ImageSizes(known["id"].copy(), np.stack([known["width"], known["height"]], axis=1))
         return CheckedImages(sizes, faults, total - len(ids))
 
     def _check(self, images: Iterator[tuple[int, ItemImage]], threads: int) -> Iterator["_Checked"]:

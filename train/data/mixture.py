@@ -1,7 +1,7 @@
 """Mixes the rows of a stage's sources: limited, checked and weighted, all by the numbers of rows in a table."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,6 +57,7 @@ def read_rows(
     workers: int = 0,
     check: Literal["all", "sample"] = "all",
     images: ImageCheck | None = None,
+    left_out: Collection[tuple[str, str]] | None = None,
 ) -> ReadRows:
     """Read the rows of several sources, by the names of their subsets, and check their images.
 
@@ -66,6 +67,8 @@ def read_rows(
     :param workers: Images to check at once.
     :param check: ``sample`` checks some images only.
     :param images: The check of an earlier call, which knows the images of then even without a cache.
+    :param left_out: The subsets and sources of the rows that a run has left out, which is now resumed: rows whose
+        images have broken since stay, and training replaces them one by one.
     :raises CocoaError: If a source cannot be read, too many rows cannot be used, or a subset is left without rows.
     """
     read = read_sources(sources)
@@ -79,6 +82,9 @@ def read_rows(
     # Only the first ones are made if they are too many: all images of a large set may be missing.
     first = [_broken(read.table[number], checked.faults) for number in unusable[:SHOWN_BAD_ROWS]]
     _refuse_bad_rows([*bad, *first], len(bad) + len(unusable), total, on_bad_row)
+    if left_out is not None:
+        unusable = [number for number in unusable if _name(read.table[number]) in left_out]
+        broken = np.isin(np.arange(len(read.table)), unusable)
     bad += [_broken(read.table[number], checked.faults) for number in unusable]
     usable = {name: some[~broken[some]] for name, some in rows.items()}
     weighted = {name: weigh(some, sources[name].weight, seed=seed, subset=name) for name, some in usable.items()}
@@ -107,6 +113,10 @@ def _limited(
     return rows, [row for entry, row in read.bad if entry in entries[row.subset]]
 
 
+def _name(row: Row) -> tuple[str, str]:
+    return row.subset, row.source
+
+
 def _broken(row: Row, faults: Mapping[int, str]) -> BadRow:
     image, fault = next((image, faults[image_id(image)]) for image in row.images() if image_id(image) in faults)
     return BadRow(row.subset, row.source, f"the image {printable(str(image))} {fault}")
@@ -120,7 +130,7 @@ def _refuse_bad_rows(bad: Sequence[BadRow], count: int, total: int, on_bad_row: 
     """
     sentences = [f"{str(row).rstrip('.')}." for row in bad[:SHOWN_BAD_ROWS]]
     if bad and on_bad_row == "stop":
-        others = f" ({count - 1} more rows cannot be used either)" if count > 1 else ""
+        others = f" ({count - 1} more row{'s' * (count > 2)} cannot be used either)" if count > 1 else ""
         raise CocoaError(f"{sentences[0]}{others} {REMEDY}")
     if count > BAD_ROW_LIMIT * total:
         raise CocoaError(

@@ -170,9 +170,10 @@ class SaveAndStop(TrainerCallback):
         if self.requested and reached < steps:
             raise Stopped(self.requested, f"at step {reached} of {steps} of stage {stage}")
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start the clock."""
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Start the clock, and save as often as is asked for now: a checkpoint restores what was asked for then."""
         self._saved_at = time.monotonic()
+        state.compute_steps(args, state.max_steps)
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         """Restart the clock."""

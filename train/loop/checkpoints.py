@@ -2,14 +2,41 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from cocoa_embed.errors import CocoaError, one_line
 from cocoa_embed.folders import write_atomically
 from cocoa_embed.model.training_record import TRAINING_FILE
 
 COMPLETE = "complete.json"
 """Written last into a checkpoint: the names and sizes of its files, and facts of the run."""
+
+
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
+"""In the message of the ``RuntimeError`` of ``torch.save``, if a file cannot be written."""
+
+
+@contextmanager
+def explain_full_disk(content: str) -> Iterator[None]:
+    """Explain that a run's files cannot be written.
+
+    :param content: What they hold.
+    :raises CocoaError: If they cannot.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITER):
+            raise
+        raise CocoaError(
+            f"{content} cannot be written ({one_line(error)}); make room, or move the run's folder to another disk and "
+            "name it with --out, then run again with --resume."
+        ) from error
 
 
 def mark_complete(checkpoint: Path, **facts: Any) -> None:

@@ -1,6 +1,6 @@
 """Turn out-of-memory errors into errors that name the settings to change."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,10 +15,10 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def explain_out_of_memory(stage: str, remedy: str) -> Iterator[None]:
+def explain_out_of_memory(stage: str, remedies: Sequence[str]) -> Iterator[None]:
     """Explain an out-of-memory error outside of a step: weights, gradients and optimiser states do not fit.
 
-    :param remedy: The change that makes a step smaller.
+    :param remedies: Changes in the recipe, of which one may do.
     :raises CocoaError: If memory runs out inside the block.
     """
     try:
@@ -27,6 +27,5 @@ def explain_out_of_memory(stage: str, remedy: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise CocoaError(
-            f"Weights, gradients and optimiser states of stage {stage} leave no memory; train adapters "
-            f"({stage}.adapter.kind=dora), shard them over several devices (sharding=fsdp2), or {remedy}."
+            f"Weights, gradients and optimiser states of stage {stage} leave no memory; {', or '.join(remedies)}."
         ) from error

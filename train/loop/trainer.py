@@ -11,19 +11,19 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.errors import CocoaError, one_line
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.folders import write_atomically
 from cocoa_embed.model.compiling import CompileError, compile_layers, run_uncompiled
 from cocoa_embed.model.fingerprint import weights_digest
 from cocoa_embed.train.loop.adapters import Adapter
 from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts, LateReading
-from cocoa_embed.train.loop.checkpoints import mark_complete
+from cocoa_embed.train.loop.checkpoints import explain_full_disk, mark_complete
 from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.loop.throughput import Throughput
 from cocoa_embed.train.loop.workers import end_workers
@@ -273,13 +273,8 @@ class CocoaTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._refuse_infinite()
         with self.throughput.paused():
-            try:
+            with explain_full_disk(f"The checkpoint of step {self.state.global_step}"):
                 super()._save_checkpoint(*args, **kwargs)
-            except (OSError, SafetensorError) as error:
-                raise CocoaError(
-                    f"The checkpoint of step {self.state.global_step} cannot be written ({one_line(error)}); make room "
-                    "or give another --out, then run again with --resume."
-                ) from error
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 folder = self.folder / f"checkpoint-{self.state.global_step}"

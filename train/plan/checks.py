@@ -12,7 +12,13 @@ from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line
-from cocoa_embed.folders import RUN_MARKER, claim_folder, refuse_foreign_folder, write_atomically
+from cocoa_embed.folders import (
+    RUN_MARKER,
+    claim_folder,
+    refuse_foreign_folder,
+    refuse_to_overwrite,
+    write_atomically,
+)
 from cocoa_embed.model.backbone import (
     fitting_max_pixels,
     load_backbone,
@@ -96,6 +102,13 @@ def prepare(recipe: Recipe, out: Path, *, resume: bool) -> Prepared:
     return prepared
 
 
+def _left_out(out: Path) -> set[tuple[str, str]]:
+    """Return the subsets and sources of the rows that the run in a folder has left out."""
+    file = out / BAD_ROWS_FILE
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.is_file() else ())
+    return {(row["subset"], row["source"]) for row in rows}
+
+
 def bad_rows(rows: Mapping[str, ReadRows]) -> list[BadRow]:
     """Return the rows that stages leave out, each once, with the names of these stages."""
     stages: dict[BadRow, list[str]] = {}
@@ -123,14 +136,15 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False, check: Check = "
     for run in {stage.run.max_pixels: stage.run for stage in recipe.stages.values()}.values():
         load_processor(run.backbone, **run.limits)
     refuse_foreign_folder(out, marker=RUN_MARKER)
-    _refuse_to_overwrite_inputs(recipe, out)
+    refuse_to_overwrite(out, _inputs(recipe))
     resume = resume and (out / RUN_MARKER).is_file() and (out / RUN_FILE).is_file()
     if resume:
         _refuse_another_recipe(recipe, out)
     results = finished_stages(recipe, out) if resume else []
     start = read_start(recipe.backbone)
     # A sample may miss a broken image that the run has left out, and its rows would be others.
-    rows = read_stages(recipe, list(recipe.stages)[len(results) :], check="all" if resume else check)
+    names, left_out = list(recipe.stages)[len(results) :], _left_out(out) if resume else None
+    rows = read_stages(recipe, names, check="all" if resume else check, left_out=left_out)
     steps = {stage: recipe.stages[stage].step_count(read.rows) for stage, read in rows.items()}
     _refuse_impossible_arguments(recipe, steps, out)
     if resume:
@@ -243,11 +257,10 @@ def _refuse_impossible_arguments(recipe: Recipe, steps: dict[str, int], out: Pat
             )
 
 
-def _refuse_to_overwrite_inputs(recipe: Recipe, out: Path) -> None:
+def _inputs(recipe: Recipe) -> list[Path]:
+    """Return the local files, globs and folders that a run reads."""
     backbone = Path(resolve_backbone(recipe.backbone))
     sources = [source for stage in recipe.stages for source in recipe.sources_of(stage).values()]
     given = [path for s in sources for path in (s.folder, s.file, s.webdataset, s.mmeb, s.hub, s.images)
              if path and "://" not in str(path)]  # fmt: skip
-    for path in [*([backbone] if backbone.is_dir() else []), *map(Path, given)]:
-        if path.resolve().is_relative_to(out.resolve()):
-            raise UsageError(f"{out} holds {path}, which the run reads; give another output folder.")
+    return [*([backbone] if backbone.is_dir() else []), *map(Path, given)]

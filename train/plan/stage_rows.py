@@ -1,27 +1,35 @@
 """Read the rows of a run's stages: those that each can use, at most ``max_rows``."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from cocoa_embed.errors import UsageError
+from cocoa_embed.model.backbone import load_processor
+from cocoa_embed.model.families.registry import family_of_images
+from cocoa_embed.model.template import eos_tokens
 from cocoa_embed.train.data.image_check import ImageCheck
 from cocoa_embed.train.data.mixture import ReadRows, read_rows
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.arguments import checking_worker_count
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.settings import StageSettings
+from cocoa_embed.train.stages.rendering import row_images
 from cocoa_embed.train.stages.stage import Stage
 
 Check: TypeAlias = Literal["all", "sample"]
 """The images to check before a run."""
 
 
-def read_stages(recipe: Recipe, names: list[str], *, check: Check = "all") -> dict[str, ReadRows]:
+def read_stages(
+    recipe: Recipe, names: list[str], *, check: Check = "all", left_out: Collection[tuple[str, str]] | None = None
+) -> dict[str, ReadRows]:
     """Read the rows of stages. Data of several stages are read once, and each image is checked once.
 
     :param check: Check all images, or a sample of them.
+    :param left_out: The subsets and sources of rows that a resumed run has left out.
     :raises UsageError: If a stage cannot train on its rows.
     :raises CocoaError: If the data cannot be used.
     """
@@ -39,10 +47,39 @@ def read_stages(recipe: Recipe, names: list[str], *, check: Check = "all") -> di
                 workers=checking_worker_count(recipe),
                 images=images,
                 check=check,
+                left_out=left_out,
             )
         rows[name] = _capped(_usable(stage, read[key]), data.max_rows, recipe.seed)
         stage.check_rows(rows[name].rows)
+        refuse_long_rows(stage, rows[name])
     return rows
+
+
+def refuse_long_rows(stage: Stage[StageSettings], read: ReadRows) -> None:
+    """Check that all images of a row fit into a sequence where they share one; any image fits alone.
+
+    Of images that were not checked, nothing is known.
+
+    :raises UsageError: If those of a row do not.
+    """
+    images = read.rows.column("images")
+    several = np.flatnonzero(stage.joined_rows(read.rows) & (images > 1))
+    if not len(several):
+        return
+    processor = load_processor(stage.run.backbone, **stage.run.limits)
+    family, limit = family_of_images(processor), processor.tokenizer.model_max_length
+    around, ends = family.markers.around, len(eos_tokens(processor.tokenizer))
+    if images.max() * (family.most_visual_tokens(processor) + around) + ends <= limit:
+        return
+    for row in read.rows.select(several):
+        found = row_images(row)
+        known = [read.sizes[image] for image in found if image in read.sizes]
+        needed = sum(family.visual_tokens(processor, *size) + around for size in known) + ends
+        if needed > limit:
+            raise UsageError(
+                f"The {len(found)} images of {row.source} take {needed} tokens together in stage {stage.name}, more "
+                f"than max_length {limit}; lower max_pixels or raise max_length."
+            )
 
 
 def _usable(stage: Stage[StageSettings], read: ReadRows) -> ReadRows:

@@ -84,6 +84,10 @@ class Stage(ABC, Generic[Own]):
         :raises UsageError: If it cannot.
         """
 
+    def joined_rows(self, rows: RowTable) -> np.ndarray:
+        """Return the rows of which one sequence has all images, query's and positive's, bool ``[rows]``."""
+        return np.ones(len(rows), dtype=bool)
+
     def row_warnings(self, rows: RowTable) -> list[str]:
         """Return a sentence, with what to change, for each thing that is unusual about these rows."""
         return []
@@ -223,6 +227,15 @@ class Stage(ABC, Generic[Own]):
         sizes = self.sizes_at_once(PartialState().num_processes)
         size = "auto" if len(sizes) > 1 else sizes[0]
         return f"lower {self.name}.mini_batch_size ({size}) or max_pixels, or set gradient_checkpointing=true"
+
+    def weights_remedies(self) -> list[str]:
+        """Return what to change in the recipe when weights, gradients and optimiser states leave no memory."""
+        remedies = [self.memory_remedy()]
+        if self.settings.adapter is None:  # which cannot be sharded
+            if self.can_shard and self.run.sharding == "none":
+                remedies.insert(0, "shard them over several devices (sharding=fsdp2)")
+            remedies.insert(0, f"train adapters ({self.name}.adapter.kind=dora)")
+        return remedies
 
     def trials(self, trainer: CocoaTrainer, rows: RowTable) -> list[Trial]:
         """Return what a device may run at once, to be tried on its memory: here, the rows of a micro-batch.

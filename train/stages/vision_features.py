@@ -23,6 +23,9 @@ from cocoa_embed.train.settings import RunSettings
 
 CHECKSUM_BYTES = 4
 
+ENTRIES = f"{'[0-9a-f]' * 32}/[0-9a-f][0-9a-f]/*"
+"""The files that a ``FeatureStore`` writes: the weights' fingerprint, the first two letters of a key, the key."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -89,8 +92,9 @@ class FrozenVision:
 class FeatureStore:
     """Features of images in a folder that processes and runs may share: one file an image, for one encoder's weights.
 
-    At the start, entries of other weights are removed, the oldest first, while the folder is more than half full. A
-    full folder takes no more: every epoch reads all images, and new entries would drive out those that are needed next.
+    At the start, entries of other weights are removed, the oldest first, while the folder is more than half full; other
+    files neither count nor go. A full folder takes no more: every epoch reads all images, and new entries would drive
+    out those that are needed next.
 
     :param limit: The most bytes of the folder.
     """
@@ -123,7 +127,7 @@ class FeatureStore:
         path = self._path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as scratch:
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=key, delete=False) as scratch:
                 scratch.write(_checksum(content) + content)
             os.replace(scratch.name, path)
             self.room -= len(content)
@@ -140,10 +144,10 @@ def _checksum(content: bytes) -> bytes:
 
 
 def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
-    """Yield time, size and path of each file."""
-    for path in folder.rglob("*"):
+    """Yield time, size and path of each file of ``ENTRIES``, those that a kill has left half-written too."""
+    for path in folder.glob(ENTRIES):
         with suppress(FileNotFoundError):  # another process removes it
-            if path.is_file():
+            if path.is_file() and path.name.startswith(path.parent.name):
                 yield path.stat().st_mtime, path.stat().st_size, path
 
 

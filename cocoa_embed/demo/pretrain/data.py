@@ -20,6 +20,7 @@ from cocoa_embed.demo.scenes import captions, draw, sample_scene
 from cocoa_embed.errors import CocoaError, printable
 from cocoa_embed.model.template import VISION_END, render, special_tokens
 from cocoa_embed.train.data.caption_rows import read_image_folder
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import Draw, load_row_image
 
 Example = dict[str, Any]
@@ -58,6 +59,7 @@ class CaptionedImages(Dataset[Example]):
     :param images: uint8 ``[3, H, W]``, the shorter side at most ``KEPT_SIZE`` times ``size``.
     :param captions: The captions of each image.
     :param size: The side of the square images that come out.
+    :param fingerprint: Of the captions and the images' names, as of the rows of a training run.
     """
 
     images: Sequence[Tensor]
@@ -65,6 +67,7 @@ class CaptionedImages(Dataset[Example]):
     size: int
     augmentation: AugmentationSettings
     seed: int
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -98,7 +101,8 @@ def read_images(folder: Path, size: int, augmentation: AugmentationSettings, see
     :raises CocoaError: If the folder has no captions, or an image or a caption cannot be used.
     """
     texts: dict[Path, list[str]] = {}
-    for row in read_image_folder(folder, captions="captions"):
+    rows = read_image_folder(folder, captions="captions")
+    for row in rows:
         texts.setdefault(Path(str(row.query.image)), []).append(row.positive.text or "")
     paths = list(texts)
     if limit is not None and len(paths) > limit:
@@ -106,7 +110,8 @@ def read_images(folder: Path, size: int, augmentation: AugmentationSettings, see
     with ThreadPoolExecutor(available_cores()) as pool:
         decoded = pool.map(lambda path: decode(path, round(KEPT_SIZE * size)), paths)
         images = list(tqdm(decoded, f"reading {folder.name}", len(paths), unit="image"))
-    return CaptionedImages(images, [texts[path] for path in paths], size, augmentation, seed)
+    fingerprint = RowTable.of(rows).fingerprint
+    return CaptionedImages(images, [texts[path] for path in paths], size, augmentation, seed, fingerprint)
 
 
 def decode(path: Path, shorter_side: int) -> Tensor:

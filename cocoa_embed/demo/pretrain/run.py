@@ -31,14 +31,20 @@ from cocoa_embed.demo.pretrain.tokenizer import build_processor, build_tokenizer
 from cocoa_embed.demo.pretrain.trainer import PretrainTrainer, Record
 from cocoa_embed.demo.pretrain.vision import VisionCollator, VisionTraining, Words
 from cocoa_embed.errors import CocoaError, UsageError, printable
-from cocoa_embed.folders import claim_folder, refuse_checkpoint, refuse_foreign_folder, write_atomically
+from cocoa_embed.folders import (
+    claim_folder,
+    refuse_checkpoint,
+    refuse_foreign_folder,
+    refuse_to_overwrite,
+    write_atomically,
+)
 from cocoa_embed.train.data.cache import replace_atomically
 from cocoa_embed.train.loop.callbacks import SaveAndStop, show_progress
 from cocoa_embed.train.loop.checkpoints import newest_complete
 from cocoa_embed.train.loop.trainer import WEIGHTS
 
 MARKER = "pretraining.json"
-"""Holds the settings of a run; marks its folder."""
+"""Holds the settings of a run, the fingerprints of its rows, and whether it is finished; marks its folder."""
 
 CHECKPOINTS = "checkpoints"
 SAVE_MINUTES = 10
@@ -49,6 +55,7 @@ class Parts(NamedTuple):
 
     :param new_tokens: Ids of tokens that the language model on disk did not have.
     :param words: What the vision encoder learns of captions, if it has a stage; and ``teacher``, of images.
+    :param fingerprints: Of the rows of ``--data`` and of ``--held-out``.
     """
 
     model: Qwen2VLForConditionalGeneration
@@ -58,6 +65,7 @@ class Parts(NamedTuple):
     held_out: Mapping[str, Sequence[Example]] | None
     words: Words | None
     teacher: Teacher | None
+    fingerprints: dict[str, str]
 
 
 def pretrain(settings: PretrainSettings, out: Path, *, resume: bool = False) -> None:
@@ -66,19 +74,30 @@ def pretrain(settings: PretrainSettings, out: Path, *, resume: bool = False) -> 
     With ``held_out``, the weights are those with the lowest loss on it, and those of the last step, where they are
     others, are in ``last``.
 
-    :param resume: Continue the interrupted run in ``out``, if there is one.
-    :raises UsageError: If the settings contradict each other, or the interrupted run had others.
+    :param resume: Continue the interrupted run in ``out``, if there is one; a finished one stays as it is.
+    :raises UsageError: If the settings contradict each other, or the interrupted run had others or other rows.
     :raises Stopped: If SIGTERM or Ctrl-C has stopped the run; it can be resumed.
     :raises CocoaError: If data, model, teacher or folder cannot be used.
     """
-    _check(settings)
+    _check(settings, out)
     request = settings.model_dump(mode="json")
-    _refuse_other_run(out, request, resume)
+    earlier = _earlier_run(out, request) if resume else {}
+    if not earlier.get("finished"):
+        _train_stages(settings, request, earlier, out)
+        _record(out, request, finished=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+
+
+def _train_stages(settings: PretrainSettings, request: dict[str, Any], earlier: dict[str, Any], out: Path) -> None:
+    """Begin a run, or continue an ``earlier`` one that is not finished, and write its backbone."""
     set_seed(settings.seed)
     parts = _build(settings)
-    if not (resume and (out / MARKER).is_file()):
+    if not earlier:
         claim_folder(out, marker=MARKER)
-        write_atomically(out / MARKER, json.dumps(request, indent=2) + "\n")
+        _record(out, request, rows=parts.fingerprints)
+    elif earlier.get("rows") != parts.fingerprints:
+        raise UsageError(f"The captions or the images of the run in {printable(out)} have changed since it began; "
+                         "restore them, or leave out --resume to begin again.")  # fmt: skip
     for name in settings.stages:
         result = out / CHECKPOINTS / f"{name}.safetensors"
         if not result.is_file():
@@ -87,7 +106,10 @@ def pretrain(settings: PretrainSettings, out: Path, *, resume: bool = False) -> 
             shutil.rmtree(out / CHECKPOINTS / name, ignore_errors=True)
         load_model(parts.model, str(result))
     write_backbone(parts.model, parts.processor, out)
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+
+
+def _record(out: Path, request: dict[str, Any], **facts: object) -> None:
+    write_atomically(out / MARKER, json.dumps({**request, **facts}, indent=2) + "\n")
 
 
 def write_backbone(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor, folder: Path) -> None:
@@ -96,7 +118,11 @@ def write_backbone(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLPro
     processor.save_pretrained(folder)
 
 
-def _check(settings: PretrainSettings) -> None:
+def _check(settings: PretrainSettings, out: Path) -> None:
+    refuse_checkpoint(out)
+    refuse_foreign_folder(out, marker=MARKER)
+    read = (None if settings.data == SCENES else Path(settings.data), settings.held_out)
+    refuse_to_overwrite(out, filter(None, (*read, settings.language_model, settings.teacher)))
     if not settings.stages:
         raise UsageError(f"No stage has steps; set one of {', '.join(f'{name}.steps' for name in STAGES)}.")
     if any(stage.muon_learning_rate is not None for stage in settings.stages.values()):
@@ -110,16 +136,18 @@ def _check(settings: PretrainSettings) -> None:
                          "give one, or set connector.steps=0.")  # fmt: skip
 
 
-def _refuse_other_run(out: Path, request: dict[str, Any], resume: bool) -> None:
-    """Check that ``out`` may be written, and that the run to resume had the same settings."""
-    refuse_checkpoint(out)
-    refuse_foreign_folder(out, marker=MARKER)
-    if not resume or not (out / MARKER).is_file():
-        return
-    earlier = json.loads((out / MARKER).read_text(encoding="utf-8"))
-    if other := [key for key in request if earlier.get(key) != request[key]]:
+def _earlier_run(out: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``MARKER`` says of the run in ``out``, empty if there is none.
+
+    :raises UsageError: If the run had other settings.
+    """
+    if not (out / MARKER).is_file():
+        return {}
+    earlier: dict[str, Any] = json.loads((out / MARKER).read_text(encoding="utf-8") or "{}")
+    if other := [key for key in request if earlier and earlier.get(key) != request[key]]:
         raise UsageError(f"The run in {printable(out)} had another {' and another '.join(other)} (see {MARKER} there); "
                          "give the same, or leave out --resume to begin again.")  # fmt: skip
+    return earlier
 
 
 def _build(settings: PretrainSettings) -> Parts:
@@ -148,6 +176,7 @@ def _build(settings: PretrainSettings) -> Parts:
         None if unseen is None else held_out_pairs(unseen),
         Words(training.all_words(), vision.word_images) if vision.steps else None,
         Teacher(teacher, images.images, size, vision.components) if teacher and images else None,
+        {name: read.fingerprint for name, read in (("data", images), ("held_out", unseen)) if read is not None},
     )
 
 
@@ -184,7 +213,8 @@ def _run_stage(name: str, settings: PretrainSettings, parts: Parts, out: Path) -
         train(trainer, folder, name)
     best, last = trainer.state.best_global_step, trainer.state.global_step
     if best not in (None, last):
-        write_backbone(parts.model, parts.processor, out / "last")
+        if name == list(settings.stages)[-1]:
+            write_backbone(parts.model, parts.processor, out / "last")
         load_model(trainer.trained, str(folder / f"checkpoint-{best}" / WEIGHTS))
 
 

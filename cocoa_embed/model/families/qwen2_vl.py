@@ -60,7 +60,10 @@ class Qwen2VL(Family):
 
     @classmethod
     def limit_pixels(cls, processor: ProcessorMixin, pixels: int | None) -> None:
-        """Set the limit under the name that has nothing to do with edges; no small image is enlarged beyond it."""
+        """Set the limit, which the processor calls ``longest_edge`` although it counts pixels.
+
+        No small image is enlarged beyond it.
+        """
         if pixels is not None:
             size = processor.image_processor.size
             size["longest_edge"], size["shortest_edge"] = pixels, min(size["shortest_edge"], pixels)

@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
-from pydantic import ValidationError
 from table_files import Values, png, write_images, write_table
 
-from cocoa_embed.data import places
+from cocoa_embed.data import arrow_table, places
 from cocoa_embed.data.rows import ArrowImage, Item, Row
 from cocoa_embed.errors import CocoaError, ImageError, RowError
 from cocoa_embed.train.data.row_table import RowTable
@@ -120,7 +119,8 @@ def test_a_glob_reads_its_files_in_order_up_to_the_limit(tmp_path: Path) -> None
         ("odd.jsonl", b'{"query_text": "\xe9"}', r"cannot be read \(it is not UTF-8; save it as UTF-8\)"),
         ("wide.csv", "query_text".encode("utf-16-le"), r"it holds NUL bytes, as UTF-16 without a byte order mark does"),
         ("twice.csv", b"query_text,query_text\na,b\n", r"read \(its header has the column 'query_text' twice\)"),
-        ("open.csv", b'query_text,positive_text\n"a,x\nb,y\n', r"cannot be read \(unexpected end of data\)"),
+        ("open.csv", b'query_text,positive_text\n"a,x\nb,y\n', r"cannot be read \(line 2: unexpected end of data; "),
+        ("quote.csv", b'query_text,positive_text\na,b\n"a "big" dog",c\n', r"cannot be read \(line 3: ',' expected "),
         ("empty.jsonl", b"\n", r"empty\.jsonl: no column holds the query"),
         ("header.csv", b"query_text,positive_text\n", r"header\.csv has no rows"),
         ("none.parquet", NO_ROWS, r"none\.parquet has no rows"),
@@ -256,6 +256,21 @@ def test_a_sample_without_its_image_or_its_text_is_a_bad_row(tmp_path: Path) -> 
     ]
 
 
+def test_images_of_several_suffixes_in_shards_are_one_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrow_table, "SHARD_MEMBERS", 2)
+    first = {"a_jpg": png(1), "a_txt": b"one"}
+    write_shard(tmp_path / "0.tar", **first, late_png=png(2), late_txt=b"two", none_txt=b"none")
+    write_shard(tmp_path / "1.tar", a_webp=png(3), a_txt=b"three")
+    rows, errors = read_all(webdataset=str(tmp_path / "*.tar"))
+    found = [(row.query.text, row.positive.image.read()) for row in rows]
+    assert found == [("one", png(1)), ("two", png(2)), ("three", png(3))]
+    assert [error.reason for error in errors] == ["the positive is empty (image)"]
+    write_shard(tmp_path / "2.tar", a_gif=png(1), a_txt=b"one", b_gif=png(2), b_txt=b"two")
+    assert [row.positive.image.read() for row in read(webdataset=str(tmp_path / "2.tar"))] == [png(1), png(2)]
+    rows, _ = read_all(webdataset=str(tmp_path / "0.tar"), columns={"query_text": "txt", "positive_image": "png"})
+    assert [row.query.text for row in rows] == ["two"], "each suffix is a column, too"
+
+
 def test_a_server_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "ANSWER_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(CocoaError, match="cannot be read"):
@@ -293,11 +308,6 @@ def test_instructions_come_from_a_column_or_are_the_same_for_all(images: Path) -
     write_table(images / "metadata.jsonl", [{"file_name": "a.png", "text": "a ring"}])
     (row,) = read(folder=images, query_instruction="Describe:", positive_instruction="Caption:")
     assert row.items() == (Item(None, (images / "a.png",), "Describe:"), Item("a ring", (), "Caption: "))
-
-
-def test_a_stream_is_refused_with_the_reason() -> None:
-    with pytest.raises(ValidationError, match="a stream can neither be resumed at a row nor drawn from at random"):
-        SourceSettings(hub="some/set", streaming=True)
 
 
 # The MMEB layout

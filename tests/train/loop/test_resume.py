@@ -21,12 +21,13 @@ from transformers import TrainerControl, TrainerState
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import pipeline
+from cocoa_embed.train.data import mixture
 from cocoa_embed.train.loop import callbacks, trainer
 from cocoa_embed.train.loop.callbacks import SaveAndStop, Stopped
 from cocoa_embed.train.loop.checkpoints import newest_complete
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.settings import AdapterSettings
+from cocoa_embed.train.settings import AdapterSettings, DataSettings
 
 STEPS = 5
 STAGE: dict[str, Any] = {
@@ -242,7 +243,10 @@ def test_a_checkpoint_is_saved_by_time_and_resumed_to_the_same_weights(
     with killed_at(5):
         run(given, out)
     assert newest_step(out, "bridge") == 3
+    saved, real = [], trainer.mark_complete
+    monkeypatch.setattr(trainer, "mark_complete", lambda path, **facts: (saved.append(path.name), real(path, **facts)))
     run(only(recipe, "bridge"), out, resume=True)
+    assert saved[0] == "checkpoint-4", "save_steps is now 2"
     assert_same(out, whole("bridge"), "bridge")
 
 
@@ -319,6 +323,27 @@ def test_a_changed_recipe_is_refused_with_its_differences(recipe: Recipe, whole:
     changed = only(recipe, "bridge", seed=7, bridge=recipe.bridge.model_copy(update={"learning_rate": 0.5}))
     with pytest.raises(UsageError, match=r"bridge\.learning_rate: 0\.001 -> 0\.5; seed: 0 -> 7"):
         run(changed, whole("bridge"), resume=True)
+
+
+def test_a_run_that_a_missing_image_has_stopped_goes_on_without_it(
+    recipe: Recipe, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the rows that it began with, from which a row that it had left out stays left out."""
+    monkeypatch.setattr(mixture, "BAD_ROW_LIMIT", 0.5)
+    data, out = Path(shutil.copytree(scene_folder, tmp_path / "scenes")), tmp_path / "out"
+    first, second, *_ = sorted(data.glob("*.png"))
+    first.write_bytes(b"no image")
+    settings = DataSettings(folder=data, on_bad_row="skip")
+    given = only(recipe, "warmup", data=settings)
+    with killed_at(3):
+        run(given, out)
+    second.unlink()
+    stopping = only(recipe, "warmup", data=settings.model_copy(update={"on_bad_row": "stop"}))
+    with pytest.raises(CocoaError, match=r"data\.on_bad_row=skip"):
+        run(stopping, out, resume=True)
+    (result,) = run(given, out, resume=True)
+    assert (result.steps, result.rows) == (STEPS, 23)
+    assert read_run(out)["stages"]["warmup"]["finished"]
 
 
 def test_changed_rows_are_refused(recipe: Recipe, scene_folder: Path, tmp_path: Path) -> None:

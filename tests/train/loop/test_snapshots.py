@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 from tiny_backbones import MakeRecipe
 from transformers import PreTrainedModel
 
-from cocoa_embed.errors import UsageError
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.export import export_model
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 from cocoa_embed.train.loop.checkpoints import remove_unfinished
@@ -74,7 +74,7 @@ def test_a_snapshot_is_incomplete_while_it_is_written_again(
     (out / "bridge" / TRAINING_FILE).unlink()  # as if it had been killed at the end, and its checkpoints lost
     assert (out / "bridge" / "step-2" / TRAINING_FILE).is_file()
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
-    with pytest.raises(OSError, match="the disk is full"):
+    with pytest.raises(CocoaError, match=r"stage bridge cannot be written \(the disk is full\); make room, .*--resume"):
         run(recipe(**WHOLE), out, resume=True)
     assert not (out / "bridge" / "step-2" / TRAINING_FILE).exists()
 

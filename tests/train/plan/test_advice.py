@@ -48,7 +48,8 @@ def contrastive(**values: Any) -> Stage[Any]:
         (bridge(probe_rows=101), rows(200), ["too few images to hold 101 * takes 202), * lower bridge."]),
         (bridge(probe_rows=0), rows(200, each=5), []),
         (contrastive(), rows(100), []),
-        (contrastive(directions="forward"), rows(1, each=90), ["few negatives; give it more"]),
+        (bridge(probe_rows=1), rows(200), ["bridge.probe_rows is 1, and one image cannot be shuffled"]),
+        (contrastive(directions="forward"), rows(2, each=45), ["few negatives; give it more"]),
         (
             contrastive(directions="forward", steps=180, batch_size=100),
             rows(9),

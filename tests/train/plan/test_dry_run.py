@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from exported import contents
 from interrupted import killed_at
-from table_files import write_images, write_table
+from table_files import png, write_images, write_table
 from tiny_backbones import COCOA, SCENES, TINY_MAX_LENGTH, special_ids
 from transformers import AutoProcessor, Qwen2VLConfig
 
@@ -250,6 +250,37 @@ def test_a_bridge_without_any_text_is_refused(recipe: MakeRecipe, tmp_path: Path
     pairs = write_table(tmp_path / "pairs.jsonl", [{"query_image": "a.png", "positive_image": "b.png"}])
     with pytest.raises(UsageError, match=r"bridge can use none of its 1 rows: .*; caption their images"):
         plan(recipe(warmup=None, bridge={**STAGE, "data": {"folder": None, "file": str(pairs)}}), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("stage", "side", "weight", "is_refused"),
+    [
+        ("warmup", 224, 0, True),
+        ("bridge", 224, 0, True),
+        ("contrastive", 224, 1, True),
+        ("contrastive", 224, 0, False),
+        ("warmup", 196, 0, False),
+    ],
+)
+def test_images_that_do_not_fit_into_a_sequence_together_are_refused(
+    recipe: MakeRecipe, tmp_path: Path, stage: str, side: int, weight: float, is_refused: bool
+) -> None:
+    """Two images of 224 x 224 pixels have 128 visual tokens, of 196 x 196 pixels 98."""
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(png(0, (side, side)))
+    pair = {"query_image": "a.png", "positive_image": "b.png"}
+    rows = [{**pair, "query_text": f"query {n}", "positive_text": f"text {n}"} for n in range(4)]
+    values: dict[str, Any] = dict.fromkeys(COCOA) | {stage: STAGE | {"steps": 2, "batch_size": 2}}
+    if weight:
+        values[stage]["reconstruction_weight"] = weight
+    given = recipe(data={"file": str(write_table(tmp_path / "pairs.jsonl", rows))}, max_pixels=224 * 224,
+                   **values)  # fmt: skip
+    if is_refused:
+        message = r"The 2 images of .*pairs\.jsonl:1 take 133 tokens together in stage .*, more than max_length 128"
+        with pytest.raises(UsageError, match=message):
+            examine(given, tmp_path / "out")
+    else:
+        assert examine(given, tmp_path / "out").rows
 
 
 def test_an_interrupted_run_is_planned_from_its_newest_checkpoint(recipe: MakeRecipe, tmp_path: Path) -> None:

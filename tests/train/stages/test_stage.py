@@ -4,14 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from stages import LongerRecipe, MaskedLanguage, alone
 from tiny_backbones import TINY_MAX_LENGTH
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.errors import UsageError
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.export import export_model
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train.data.row_table import RowTable
+from cocoa_embed.train.loop.oom import explain_out_of_memory
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.plan.dry_run import plan
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
@@ -73,6 +75,24 @@ def test_an_epoch_draws_each_row_once_in_each_direction(
     """A batch of the contrastive stage does not go on in the next epoch: 20 rows make three batches of 8."""
     rows = RowTable.of(scene_rows[:20])
     assert stage_of(kind, **values).step_count(rows) == steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter", "remedies"),
+    [
+        (Warmup, None, ["train adapters (warmup.adapter.kind=dora)", "shard them", "lower warmup.mini_batch_size"]),
+        (Contrastive, None, ["train adapters (contrastive.adapter", "lower contrastive.mini_batch_tokens"]),
+        (Warmup, {"kind": "dora"}, ["lower warmup.mini_batch_size"]),
+    ],
+)
+def test_a_lack_of_memory_is_answered_with_what_the_stage_can_do(
+    kind: type[Stage[Any]], adapter: dict[str, str] | None, remedies: list[str]
+) -> None:
+    found = stage_of(kind, adapter=adapter).weights_remedies()
+    assert [text[: len(start)] for text, start in zip(found, remedies, strict=True)] == remedies
+    with pytest.raises(CocoaError) as caught, explain_out_of_memory("warmup", found):
+        raise torch.OutOfMemoryError
+    assert str(caught.value).endswith(f"of stage warmup leave no memory; {', or '.join(found)}.")
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,17 @@ def test_the_folder_is_bounded_and_entries_of_other_weights_make_room(
     assert 0 < kept(store.folder) <= whole / 4 + largest < whole
 
 
+def test_other_files_in_the_folder_neither_count_nor_are_removed(tmp_path: Path) -> None:
+    others = [tmp_path / "notes.txt", tmp_path / "thesis" / "photo.jpg", tmp_path / ("0" * 32) / "ab" / "notes.txt"]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(1000))
+    left = FeatureStore(tmp_path, 1e9, nn.Linear(2, 2))
+    left.write("ab12", [torch.zeros(2)])
+    assert FeatureStore(tmp_path, 100, nn.Linear(3, 3)).room == 100
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(others)
+
+
 def test_a_folder_that_cannot_be_written_is_a_warning(
     load_tiny: LoadTiny, sized_rows: list[Row], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -58,7 +58,7 @@ class Bridge(Stage[BridgeSettings]):
 
     @property
     def shown_metrics(self) -> Mapping[str, str]:
-        """The metrics of held-out rows, or the accuracy on the batch if there are none."""
+        """The metrics of held-out rows, or the accuracy on the batch if ``probe_rows`` asks for none."""
         if not self.settings.probe_rows:
             return {"loss": "loss", "masked_token_accuracy": "accuracy"}
         return {
@@ -78,9 +78,14 @@ class Bridge(Stage[BridgeSettings]):
         return hold_out_rows(rows, self.settings.probe_rows, self.run.seed)
 
     def row_warnings(self, rows: RowTable) -> list[str]:
-        """Return a sentence if there are too few images to hold some out, and for each subset with one text for all."""
+        """Return a sentence if none or too few images can be held out, and for each subset with one text for all."""
         warnings, count = self._same_texts(rows), self.settings.probe_rows
-        if count and not len(self.held_out(rows)[0]):
+        if count == 1:
+            warnings.append(
+                f"{self.name}.probe_rows is 1, and one image cannot be shuffled, so what <EOS> carries is not "
+                "measured; hold out 2 or more, or 0."
+            )
+        elif count and not len(self.held_out(rows)[0]):
             warnings.append(
                 f"Stage {self.name} has too few images to hold {count} of them out of training (it takes "
                 f"{max(4, 2 * count)}), so what <EOS> carries is not measured; lower {self.name}.probe_rows."

@@ -25,10 +25,10 @@ from cocoa_embed.train.stages.sentence_inputs import keep_on_host
 class PairCollator(SentenceTransformerDataCollator):
     """The collator of sentence-transformers, with ``BatchFacts`` in each batch.
 
-    It takes row numbers; the number of all rows is added to those seen from the other side, and twice as many for each
-    of the turns in which they are masked. Columns are ``anchor``,
-    ``positive``, ``negative_1``..., and ``label`` identifies the content of each row's items (its full text and the
-    patches of its images), int64 ``[B, items]``.
+    It takes numbers of pairs: the row + side x rows + turn x 2 x rows, where the side is 1 for a row seen from its
+    positive, and turns are those in which it is masked. Columns are ``anchor``, ``positive``, ``negative_1``..., and
+    ``label`` identifies the content of each row's items (its full text and the patches of its images), int64
+    ``[B, items]``.
 
     :param hard_negatives: The most of a row's negatives to use.
     :param flops_of: Returns the operations of training on a batch.

@@ -1,6 +1,5 @@
 """Stage 3: its batches, its loss and its trainer."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -85,31 +84,45 @@ class Contrastive(Stage[ContrastiveSettings]):
         :raises UsageError: If one cannot.
         """
         devices = PartialState().num_processes
-        for content in step_contents(rows, self.settings, devices):
-            if fault := content.fault(devices):
+        contents = step_contents(rows, self.settings, devices)
+        trained = {content.subset for content in contents if not content.fault(devices)}
+        for content in contents:
+            if content.subset not in trained:
                 raise UsageError(
-                    f"Subset {content.subset!r} of stage {self.name} {fault}; leave it out of the stage, or give it "
-                    "more different pairs."
+                    f"Subset {content.subset!r} of stage {self.name} {content.fault(devices)}; leave it out of the "
+                    "stage, or give it more different pairs."
                 )
+
+    def joined_rows(self, rows: RowTable) -> np.ndarray:
+        """Return the rows that are reconstructed, too, bool ``[rows]``; items are sequences of their own."""
+        found: np.ndarray = rows.column("query_text") + rows.column("positive_text") > 0
+        return found & (self.settings.reconstruction_weight > 0)
 
     def step_contents(self, rows: RowTable) -> list[dict[str, Any]]:
         """Return what a step on each subset holds."""
         return [asdict(content) for content in step_contents(rows, self.settings, PartialState().num_processes)]
 
     def mean_batch_size(self, rows: RowTable) -> float:
-        """Return how many rows a step holds on average: a subset's last batch of an epoch may be smaller."""
-        contents = step_contents(rows, self.settings, PartialState().num_processes)
-        return len(rows) / sum(math.ceil(content.rows / max(content.rows_a_step, 1)) for content in contents)
+        """Return how many rows of an epoch there are to each of its batches, the last of which may be smaller."""
+        groups, devices = pair_groups(rows, self.settings), PartialState().num_processes
+        batches = PairBatches(groups, self.settings.batch_size, steps=1, seed=self.run.seed, devices=devices)
+        return len(rows) * self.passes_per_epoch / sum(map(batches.batches_of, groups))
 
     def row_warnings(self, rows: RowTable) -> list[str]:
-        """Return a sentence for each subset whose batches are small, or have few negatives."""
-        contents = step_contents(rows, self.settings, PartialState().num_processes)
+        """Return a sentence for each subset whose batches are small or have few negatives, or that has rows in none."""
+        devices = PartialState().num_processes
         remedy = f"give it more different pairs, lower {self.name}.batch_size, or leave it out of the stage"
-        return [
-            f"Subset {content.subset!r} of stage {self.name} {warning}; {remedy}."
-            for content in contents
-            if (warning := content.warning(self.settings.batch_size))
-        ]
+        warnings = []
+        for content in step_contents(rows, self.settings, devices):
+            subset = f"Subset {content.subset!r} of stage {self.name}"
+            if fault := content.fault(devices):
+                warnings.append(
+                    f"{subset} has rows whose queries teach nothing: with {content.hard_negatives} hard negatives, it "
+                    f"{fault}; give them as many as the others have, or leave them out."
+                )
+            elif warning := content.warning(self.settings.batch_size):
+                warnings.append(f"{subset} {warning}; {remedy}.")
+        return warnings
 
     @property
     def passes_per_epoch(self) -> int:
@@ -184,7 +197,8 @@ class Contrastive(Stage[ContrastiveSettings]):
         inner = cast(PreTrainedModel, model[0].auto_model)
         adapter = prepare_trainable(inner, settings, bf16=self.run.mixed_precision == "bf16")
         vision = share_frozen_vision(inner, self.run, remembers=True) if settings.freeze_vision else None
-        if probe_rows := unbroken(pictured_rows(rows, settings.probe_rows, self.run.seed), context.on_bad_row):
+        probe_rows = unbroken(pictured_rows(rows, settings.probe_rows, self.run.seed), context.on_bad_row)
+        if len(probe_rows) > 1:
             measure = embedding_probe(model, probe_rows, self.sequences_at_once(1, PROBED_TOKENS))
             probe = Probe(measure, settings.probe_steps, {ALIGNMENT})
         arguments = SentenceTransformerTrainingArguments(**context.arguments)

@@ -348,12 +348,17 @@ def test_the_probe_measures_the_models_own_embeddings(model: SentenceTransformer
     assert embedding_probe(model, mixed_rows, batch_size=3)(model) != pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize(("pictured", "is_measured"), [(0, False), (1, False), (2, True)])
-def test_the_probe_takes_two_rows_with_images(
-    tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path, pictured: int, is_measured: bool
+@pytest.mark.parametrize(
+    ("pictured", "broken", "is_measured"), [(0, 0, False), (1, 0, False), (2, 0, True), (2, 1, True), (1, 1, False)]
+)
+def test_the_probe_takes_two_rows_with_usable_images(
+    tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path, pictured: int, broken: int, is_measured: bool
 ) -> None:
     texts = [Row(query=Item(text=f"scene {n}"), positive=row.positive, source="") for n, row in enumerate(scene_rows)]
-    trainer = trainer_of(tiny_backbone, [*texts, *scene_rows[:pictured]], tmp_path)
+    lost = [replace(row, query=Item(images=(tmp_path / "gone.png",))) for row in scene_rows[:broken]]
+    rows = RowTable.of([*texts, *scene_rows[:pictured], *lost])
+    context = StageContext(trainer_arguments(tmp_path, max_steps=2, seed=0), on_bad_row="skip")
+    trainer = alone(Contrastive, section(), prompts=PROMPTS).trainer(tiny_backbone, rows, context)
     assert (trainer.probe is not None) is is_measured
 
 

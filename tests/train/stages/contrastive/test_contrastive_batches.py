@@ -144,6 +144,31 @@ def test_subsets_without_a_batch_to_contrast_are_refused_and_small_ones_warned_o
     assert [sentence[: len(starts[0])] for sentence in stage.row_warnings(table)] == starts
 
 
+def test_rows_that_make_no_batch_are_counted_in_a_warning_if_others_of_their_subset_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A row without hard negatives is in no batch with those that have some."""
+    stage, table = alone(Contrastive, settings_of(hard_negatives=1)), RowTable.of([*rows_of(64, hard=1), *rows_of(1)])
+    stage.check_rows(table)
+    (warning,) = stage.row_warnings(table)
+    assert "'data' of stage contrastive has rows whose queries teach nothing: with 0 hard negatives, it has" in warning
+    assert "nothing to contrast in a batch (rows 1, of a step 1, " in warning
+    monkeypatch.setitem(meet()._shared_state, "num_processes", 8)
+    table = RowTable.of([*rows_of(64, hard=1), *rows_of(7)])
+    stage.check_rows(table)
+    assert "has too few rows for 8 devices (rows 7, of a step 0, " in stage.row_warnings(table)[0]
+
+
+@pytest.mark.parametrize(("count", "devices", "steps"), [(9, 1, 5), (17, 8, 10), (16, 1, 10), (10, 1, 10), (7, 4, 5)])
+def test_an_epoch_has_the_steps_that_its_batches_make(
+    monkeypatch: pytest.MonkeyPatch, count: int, devices: int, steps: int
+) -> None:
+    """Five epochs; a last batch that is left out makes none."""
+    monkeypatch.setitem(meet()._shared_state, "num_processes", devices)
+    settings = ContrastiveSettings(epochs=5, batch_size=8, directions="forward")
+    assert alone(Contrastive, settings).step_count(RowTable.of(rows_of(count))) == steps
+
+
 def test_a_million_rows_are_checked_and_drawn_from_without_reading_one(monkeypatch: pytest.MonkeyPatch) -> None:
     table = TABLE.select(np.arange(10**6) % len(TABLE))
     monkeypatch.setattr(RowTable, "__getitem__", lambda *_: pytest.fail("a row was read"))
