@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cocoa_embed.cli.output import check_all, say, working
+from cocoa_embed.cli.output import check_all, printing, say, working
 from cocoa_embed.cli.storage import (
     ApiKeyOption,
     CollectionOption,
@@ -93,8 +92,7 @@ def export_points(
     from cocoa_embed.integrations.qdrant.searching.filters import parse_filters
 
     check_all(lambda: check_out(out), lambda: parse_filters(filters or []))
-    standard_output = sys.stdout
-    with reading(collection, storage) as store:
+    with printing() as standard_output, reading(collection, storage) as store:
         from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
 
         condition = read_filter(filters, store.payload_indexes())

@@ -11,8 +11,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -44,12 +44,29 @@ def as_command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., 
             values[name] = group(**{option: values.pop(option) for option in members[name]})
         document = function(**values) or {}
         if as_json and document:
-            typer.echo(json.dumps(document, indent=2))  # in ASCII, which any terminal's encoding can show
+            with printing() as standard_output:
+                typer.echo(json.dumps(document, indent=2), standard_output)  # in ASCII, for any encoding
         if document.get("failed"):
             raise typer.Exit(1)
 
     vars(run)["__signature__"] = inspect.Signature([option.replace(kind=KEYWORD) for option in options])
     return run
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[TextIO]:
+    """Yield standard output, and flush it at the end.
+
+    :raises CocoaError: If it cannot be written, such as to a file on a full disk.
+    """
+    standard_output = sys.stdout
+    try:
+        yield standard_output
+        standard_output.flush()
+    except BrokenPipeError:  # the reader has what it wants, and typer ends quietly
+        raise
+    except OSError as error:
+        raise CocoaError(f"standard output cannot be written ({error.strerror})") from error
 
 
 def working() -> contextlib.AbstractContextManager[object]:

@@ -1,7 +1,10 @@
 """Functions become commands: a dataclass is its options, and a returned document is what ``--json`` prints."""
 
 import json
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -59,3 +62,15 @@ def test_help_has_the_options_of_a_group_in_their_place(capsys: pytest.CaptureFi
             main([command, "--help"], app)
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines if line.startswith("  --")] == options
+
+
+def test_a_document_that_cannot_be_printed_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = Path("/dev/full").open("w")
+    monkeypatch.setattr(sys, "stdout", full)
+    with pytest.raises(SystemExit, match="1"):
+        main(["draw", "--name", "a", "--json"], app, "test")
+    assert "cocoa-embed: standard output cannot be written (No space left on device)" in capsys.readouterr().err
+    with suppress(OSError):  # the same again
+        full.close()

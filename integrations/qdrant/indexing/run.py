@@ -62,7 +62,7 @@ class IndexSummary:
     """Images that could not be used, and places that were not pruned, as ``{"path", "reason"}``."""
     passed_over: dict[str, int]
     """How many files and folders were passed over, by the reason: ``system folder``, ``companion of another file``,
-    ``cache``, ``excluded``."""
+    ``cache``, ``excluded``, ``link in an archive``."""
     seconds: float
     """Without loading the model."""
     images_per_second: float

@@ -40,16 +40,10 @@ def write_points(out: str, points: Iterable[StoredPoint], standard_output: IO[st
     """Write points to a file, or as JSON lines to standard output; return their number.
 
     :raises CocoaError: If the file cannot be written.
+    :raises OSError: If standard output cannot.
     """
     if out == STANDARD_OUTPUT:
-        try:
-            count = write_json_lines(nullcontext(standard_output), points)
-            standard_output.flush()
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):  # the reader has what it wants, and typer ends quietly
-                raise
-            raise CocoaError(f"standard output cannot be written ({error.strerror}); give a file") from error
-        return count
+        return write_json_lines(nullcontext(standard_output), points)
     scratch = Path(f"{out}.{os.getpid()}{SCRATCH_SUFFIX}")
     try:
         count = WRITERS[Path(out).suffix](scratch, points)
