@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping
-from glob import glob
 from importlib.resources import files
 from pathlib import Path
 from pkgutil import resolve_name
@@ -17,6 +16,7 @@ from typing_extensions import Self
 
 from cocoa_embed.data.mmeb import default_train_subsets
 from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, one_line, printable
+from cocoa_embed.images.find_files import match_pattern
 from cocoa_embed.train.settings import (
     SOURCE_KINDS,
     DataSettings,
@@ -215,7 +215,7 @@ def _missing(source: SourceSettings) -> list[tuple[str, str]]:
         for kind, path in paths.items()
         if (kind not in ("mmeb", "hub") or path.startswith(LOCAL_PREFIXES))
         and not os.path.exists(path)  # Path.exists raises for a name that is too long
-        and not (kind in ("file", "webdataset") and ("://" in path or glob(path, recursive=True)))
+        and not (kind in ("file", "webdataset") and ("://" in path or match_pattern(Path(path))))
     ]
 
 

@@ -29,7 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "evaluation": (*CORE, "report.tables"),
     "captioning": CORE,
     "train.settings": ("errors", "data"),
-    "train.recipe": ("errors", "data", "train.settings", "train.stages"),
+    "train.recipe": ("errors", "images", "data", "train.settings", "train.stages"),
     "train.data": ("errors", "folders", "images", "data", "model", "train.settings"),
     "train.loop": (*CORE, "train.settings", "train.recipe", "train.data"),
     "train.stages": (*CORE, "evaluation.geometry", "train.settings", "train.data", "train.loop"),

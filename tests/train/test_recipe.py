@@ -285,3 +285,7 @@ def test_local_paths_that_a_stage_reads_are_checked_if_asked_for(
     assert missing in str(caught.value)
     unread = ["data.folder=nowhere", "bridge.data={folder: data/train}", "backbone=owner/on-the-hub"]
     assert Recipe.load(recipe_file, unread, check_paths=True), "what no stage reads may be missing"
+    (tmp_path / "part[1]").mkdir()
+    (tmp_path / "part[1]" / "a.csv").touch()
+    matched = ["data.folder=nowhere", "bridge.data={file: 'part[1]/*.csv'}"]
+    assert Recipe.load(recipe_file, matched, check_paths=True), "a folder whose name looks like a pattern"
