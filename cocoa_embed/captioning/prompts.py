@@ -4,6 +4,7 @@ import re
 import string
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import dropwhile, groupby
 from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
@@ -15,15 +16,11 @@ from cocoa_embed.errors import CocoaError
 QUESTIONS = "questions"
 """The name of the prompt for question-answer pairs, beside those of captions."""
 
-# No repetition can go on where the one before it ends: an answer may be thousands of line ends, which would take hours.
 _SIGNS = r"(?:[^\w\n]|\d)*"
-_ASKED, _ANSWERED = (rf"^(?:{_SIGNS}\n)*{_SIGNS}{word}{_SIGNS}?:[\s*]*" for word in ("Q(?:uestion)?", "A(?:nswer)?"))
-PAIR = re.compile(
-    rf"{_ASKED}(?P<question>[^\s*].*?){_ANSWERED}(?P<answer>[^\s*].*?)(?={_ASKED}|\Z)", re.M | re.S | re.I
-)
-"""Matches a question and its answer: ``Q: ...``, ``A: ...``, with the numbers and the emphasis that models add.
+MARK = re.compile(rf"^{_SIGNS}(?:Q(?:uestion)?|(?P<answer>A(?:nswer)?)){_SIGNS}?:", re.M | re.I)
+"""Matches what begins the line of a question or an answer, ``Q:`` or ``A:``, with the signs that models add, ``**Q1:``.
 
-Both may end in spaces and asterisks.
+It stays in its line: an answer may be thousands of line ends.
 """
 
 WHOLE_SENTENCES = re.compile(r".*(?:[.!?](?=\s)|[。！？])|", re.DOTALL)
@@ -126,13 +123,13 @@ class Prompts(BaseModel):
         unusable = []
         for request, answer in zip(requests, answers, strict=True):
             text = valid_unicode(answer.text).strip()
-            pairs = [match.groupdict() for match in PAIR.finditer(text)][: -1 if answer.is_cut else None]
+            pairs = question_pairs(text)[: -1 if answer.is_cut else None]
             if answer.is_refused or self._is_refusal(text):
                 unusable.append(f"{request.name}: refused: {shortened(text)}")
             elif request.name == QUESTIONS and pairs:
                 for pair in pairs:
-                    texts = {name: _line(each.rstrip(string.whitespace + "*")) for name, each in pair.items()}
-                    questions.setdefault(_same(pair["question"]), texts)
+                    texts = dict(zip(("question", "answer"), map(_line, pair), strict=True))
+                    questions.setdefault(_same(texts["question"]), texts)
             elif request.name != QUESTIONS and _same(text := _line(_whole(text) if answer.is_cut else text)):
                 captions.setdefault(_same(text), (text, request.name))
             else:
@@ -143,6 +140,35 @@ class Prompts(BaseModel):
     def _is_refusal(self, text: str) -> bool:
         beginning = text.replace("’", "'").lstrip("\"'*")
         return any(re.match(refusal, beginning, re.IGNORECASE) for refusal in self.refusals)
+
+
+def question_pairs(text: str) -> list[tuple[str, str]]:
+    """Return the questions of a text that have an answer, and their answers.
+
+    Of several questions or answers in a row, the first one goes on to the end of the last.
+    """
+    found = dropwhile(_is_answer, MARK.finditer(text))
+    marks = [next(run) for _, run in groupby(found, _is_answer)]
+    ends = [mark.start() for mark in marks[1:]]
+    texts = [_without_number(text[mark.end() : end]) for mark, end in zip(marks, ends, strict=False)]
+    texts += [_bare(text[mark.end() :]) for mark in marks[-1:]]
+    return [pair for pair in zip(texts[::2], texts[1::2], strict=False) if all(pair)]
+
+
+def _is_answer(mark: re.Match[str]) -> bool:
+    return mark["answer"] is not None
+
+
+def _without_number(text: str) -> str:
+    """Return a text without the lines of signs and digits before the next mark."""
+    lines = _bare(text).split("\n")
+    while len(lines) > 1 and not re.search(r"[^\W\d]", lines[-1]):
+        lines.pop()
+    return _bare("\n".join(lines))
+
+
+def _bare(text: str) -> str:
+    return text.strip(string.whitespace + "*")
 
 
 def valid_unicode(text: str) -> str:

@@ -1,5 +1,6 @@
 """The demo: a tiny model, trained on scenes that it draws, evaluated, indexed and searched."""
 
+from os.path import expanduser
 from pathlib import Path
 
 from cocoa_embed.errors import UsageError
@@ -18,9 +19,9 @@ def check_folders(out: Path, work: Path, photos: Path | None = None, backbone: s
     """
     if work.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(work.resolve()):
         raise UsageError(f"{out} and {work} lie inside each other; give --out and --work folders apart.")
-    inputs = [Path(path) for path in (photos, backbone) if path is not None and Path(path).is_dir()]
+    inputs = [photos, None if backbone is None else Path(expanduser(backbone))]  # as a recipe reads it
     for folder in (out, work):
-        refuse_to_overwrite(folder, inputs)
+        refuse_to_overwrite(folder, [path for path in inputs if path is not None and path.is_dir()])
     refuse_checkpoint(out)
     refuse_foreign_folder(out, marker=TRAINING_FILE)
     refuse_foreign_folder(work, marker=MARKER)

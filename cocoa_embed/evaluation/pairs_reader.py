@@ -9,12 +9,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 from cocoa_embed.data import CaptionChoice
 from cocoa_embed.data.columns import RowReader, map_columns
 from cocoa_embed.data.image_folder import find_metadata, read_metadata
+from cocoa_embed.data.places import suffix_of
 from cocoa_embed.data.rows import ArrowImage, Item
 from cocoa_embed.data.tables import TABLE_SUFFIXES, open_table
 from cocoa_embed.errors import CocoaError, RowError, UsageError, printable
+
+TEXTS = TypeAdapter(list[str])
 
 
 class Pair(NamedTuple):
@@ -33,7 +38,7 @@ def read_pairs(
     """Read pairs.
 
     :param data: An image folder, or a ``.jsonl``, ``.csv`` or ``.parquet`` file. A text's cell may hold a list of
-        texts (in a CSV file as JSON), each of which makes a pair.
+        texts (in a CSV file as JSON, of texts alone), each of which makes a pair.
     :param images: The folder of a table's relative image paths; by default that of the table.
     :param columns: The column of ``query_text``, ``query_image``, ``positive_text`` and ``positive_image``; by default
         as in ``map_columns``.
@@ -68,12 +73,22 @@ def _table_pairs(data: Path, images: Path, columns: Mapping[str, str] | None) ->
     reader = RowReader(mapping, images)
     texts = [mapping[part] for part in ("query_text", "positive_text") if part in mapping]
     first: dict[bytes, ArrowImage] = {}
-    for source, values in table.read(set(mapping.values()), lists=texts):
+    for source, values in table.read(set(mapping.values())):
         if isinstance(values, RowError):
             raise values
+        if suffix_of(data) == ".csv":
+            values |= {column: _parse_texts(values[column]) for column in texts}
         for each in _single_texts(values, texts):
             row = reader.row(each, source)
             yield Pair(_merged(row.query, first), _merged(row.positive, first))
+
+
+def _parse_texts(cell: str | None) -> list[str] | str | None:
+    """Return the texts that a CSV cell lists as JSON, or the cell itself if it is no list of texts, like ``[1987]``."""
+    try:
+        return TEXTS.validate_json(cell or "") or cell
+    except ValueError:
+        return cell
 
 
 def _single_texts(values: Mapping[str, Any], columns: Sequence[str]) -> Iterator[dict[str, Any]]:

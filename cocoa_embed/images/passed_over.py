@@ -131,17 +131,17 @@ class PassedOver:
     def has_file(self, path: str, root: str, read_start: Callable[[str], bytes] = first_bytes) -> bool:
         """Return whether a file below ``root``, the folder that is searched, is passed over."""
         if DELETED.match(os.path.basename(path)):
-            return self._count(path, "deleted file")
+            return self.note(path, "deleted file")
         if is_companion(path, read_start):
-            return self._count(path, "companion of another file")
-        return self._excludes(path, root) and self._count(path, "excluded")
+            return self.note(path, "companion of another file")
+        return self._excludes(path, root) and self.note(path, "excluded")
 
     def has_folder(self, parent: str, name: str, root: str) -> bool:
         """Return whether a folder in ``parent``, which is ``root`` or below it, is passed over."""
         path = os.path.join(parent, name)
         if is_system_folder(name, os.path.basename(parent)):
-            return self._count(path, "system folder")
-        return self._excludes(path, root, slash="/") and self._count(path, "excluded")
+            return self.note(path, "system folder")
+        return self._excludes(path, root, slash="/") and self.note(path, "excluded")
 
     def has_cache(self, folder: str, names: Collection[str], *, is_named: bool) -> bool:
         """Return whether a folder that holds files of these names is passed over as a cache.
@@ -149,11 +149,14 @@ class PassedOver:
         :param is_named: Whether this folder itself was named; then only our own thumbnails are passed over.
         """
         markers = {THUMBNAILS_MARKER} if is_named else CACHE_MARKERS
-        return not markers.isdisjoint(names) and self._count(folder, "cache")
+        return not markers.isdisjoint(names) and self.note(folder, "cache")
 
-    def note_link(self, path: str) -> None:
-        """Count a link in an archive: what it leads to may be in the archive, or elsewhere."""
-        self._count(path, "link in an archive")
+    def note(self, path: str, reason: str) -> bool:
+        """Count a path once, which a pattern may meet several times; return True."""
+        if path not in self._seen:
+            self._seen.add(path)
+            self.counts[reason] += 1
+        return True
 
     def _excludes(self, path: str, root: str, slash: str = "") -> bool:
         if not self._exclude:
@@ -163,10 +166,3 @@ class PassedOver:
         if found.index is not None:
             self._used.add(found.index)
         return bool(found.include)
-
-    def _count(self, path: str, reason: str) -> bool:
-        """Count a path once, which a pattern may meet several times."""
-        if path not in self._seen:
-            self._seen.add(path)
-            self.counts[reason] += 1
-        return True

@@ -28,8 +28,8 @@ class Limits:
     threads: int = 32
     """Requests that are searched or embedded at once."""
     pixels: int = 2**28
-    """Of all pictures that wait for the model, decoded: 768 MiB. A search in any orientation holds its picture nine
-    times; what is larger than all waits until it is alone."""
+    """Of all pictures that wait for the model, decoded: 768 MiB. A search holds its picture twice, or nine
+    times in any orientation; what is larger than all waits until it is alone."""
 
 
 class PixelBudget:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 DESCRIPTIONS = frozenset({".txt", ".caption", ".json", ".cls"})
 """The suffixes of the files that describe the image of the same name."""
 
-MAX_SAMPLE_BYTES = 2**25
-"""The files of a sample that are in memory together, but for those of one image."""
+MAX_SAMPLE_BYTES = 2 * MAX_IMAGE_BYTES
+"""The files of a sample that are in memory together, but for those of one image. Images and their texts fit into it."""
 
 MAX_DESCRIPTION_BYTES = 2**20
 """A larger text, or more columns, are passed over."""
@@ -181,7 +181,7 @@ def columns_beside(place: Place) -> dict[str, dict[str, Any]]:
 
 
 def read_members(file: ShardFile) -> Iterator[Member]:
-    """Yield the images of an archive, and the files that describe them, in order.
+    """Yield the images of an archive, of several with one name the first, and the files that describe them, in order.
 
     :raises Exception: If it cannot be read, or is broken behind the files that were yielded.
     """
@@ -189,7 +189,7 @@ def read_members(file: ShardFile) -> Iterator[Member]:
 
     def on_link(name: str) -> None:
         if suffix_of(name) in IMAGE_SUFFIXES:
-            file.passed_over.note_link(f"{file.key}/{name}")
+            file.passed_over.note(f"{file.key}/{name}", "link in an archive")
 
     with open_binary(file.place) as opened:
         for name, size, read in read_entries(opened, file.key, "r|*", on_link):
@@ -203,8 +203,7 @@ def read_members(file: ShardFile) -> Iterator[Member]:
                 if file.passed_over.has_entry(path, file.key, partial(_start, read_once, size)):
                     continue
                 if name in names and suffix_of(name) in IMAGE_SUFFIXES:
-                    reason = "is in the archive twice, and only the first is read; pack the archive again"
-                    yield Member(name, ImageError(key, reason))
+                    file.passed_over.note(path, "name again in an archive")
                 elif 0 < size <= most:
                     yield Member(name, read_once())
                 else:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+LARGEST_INTEGER = 2**63 - 1
+"""The largest integer that Qdrant stores as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,7 @@ class Record:
     shard: str | None = None
     """The key of the archive, table or document that holds the image; None if it is a file of its own."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """JSON values: the caption as ``text``, and other columns."""
+    """Values that ``as_json`` returns: the caption as ``text``, and other columns."""
     metadata_source: str | None = None
     """The file that the metadata is from; None if the image has none."""
     checked_sources: frozenset[str] = frozenset()
@@ -80,6 +84,20 @@ class Source(Protocol):
     def is_deleted(self, key: str) -> bool:
         """Return whether there is certainly no record of this key any more; False where that cannot be checked."""
         ...
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a table as JSON has them, and as Qdrant stores them.
+
+    Dates and integers of more than 64 bits, which Qdrant would round, become strings; numbers that are not finite null.
+    """
+    text = json.dumps(values, default=str)
+    result: dict[str, Any] = json.loads(text, parse_int=_integer_or_digits, parse_constant=lambda _: None)
+    return result
+
+
+def _integer_or_digits(digits: str) -> int | str:
+    return number if abs(number := int(digits)) <= LARGEST_INTEGER else digits
 
 
 def storable(value: Any) -> Any:  # noqa: ANN401 - any JSON value

@@ -20,6 +20,7 @@ from cocoa_embed.data.image_folder import (
     unread_table,
 )
 from cocoa_embed.errors import CocoaError, RowError, printable
+from cocoa_embed.sources.base import as_json
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +143,7 @@ class ImageMetadata:
 
 def merge(known: dict[str, Any], new: dict[str, Any]) -> None:
     """Add columns to those of the same image: the texts as lines, and columns that are not there yet."""
-    # Tables have values that JSON does not have: dates become strings, numbers that are not finite become null.
-    for name, value in json.loads(json.dumps(new, default=str), parse_constant=lambda _: None).items():
+    for name, value in as_json(new).items():
         if name == "text" and "text" in known:
             known["text"] = f"{known['text']}\n{value}"
         else:

@@ -58,7 +58,7 @@ def all_sources(
         raise UsageError(f"--include {name} is no kind of file {did_you_mean(name, [*KINDS])}")
     photographs: list[str] = []
     others: list[Source] = []
-    for text in without_descriptions([local_path(os.fspath(place)) for place in places]):
+    for text in without_descriptions([local_path(os.fspath(place)) for place in places], passed_over):
         if "://" in text:
             others += _open_address(text, options, on_error, passed_over, may_be_gone)
         else:
@@ -150,8 +150,11 @@ def _match_remote(system: Any, path: str, passed_over: PassedOver) -> tuple[str,
     }
 
 
-def without_descriptions(texts: Sequence[str]) -> list[str]:
-    """Return places without the texts and metadata of images among them, as the ``photos/*`` of a shell has them."""
+def without_descriptions(texts: Sequence[str], passed_over: PassedOver) -> list[str]:
+    """Return places without the texts and metadata of images among them, as the ``photos/*`` of a shell has them.
+
+    :param passed_over: Counts them: a text may be a list that was to be indexed, too.
+    """
     images = [os.path.abspath(text) for text in texts if is_image(text) and "://" not in text]
     stems = {os.path.splitext(image)[0] for image in images}
     folders = {os.path.dirname(image) for image in images}
@@ -159,7 +162,9 @@ def without_descriptions(texts: Sequence[str]) -> list[str]:
     def describes(text: str) -> bool:
         stem, suffix = os.path.splitext(os.path.abspath(text))
         folder, name = os.path.split(stem + suffix)
-        return (suffix.lower() in TEXT_SUFFIXES and stem in stems) or (name in METADATA_FILES and folder in folders)
+        is_beside = suffix.lower() in TEXT_SUFFIXES and stem in stems
+        is_description = is_beside or (name in METADATA_FILES and folder in folders)
+        return is_description and passed_over.note(stem + suffix, "description of an image")
 
     return [text for text in texts if "://" in text or not describes(text)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,12 @@ from cocoa_embed.data.image_folder import without_blank_texts
 from cocoa_embed.data.places import Place, is_gone, modified_at, version_of
 from cocoa_embed.errors import CocoaError, ImageError, MissingExtraError, one_line, printable
 from cocoa_embed.images.passed_over import PassedOver
-from cocoa_embed.sources.base import Record, Shard, SourceOptions, storable
+from cocoa_embed.sources.base import Record, Shard, SourceOptions, as_json, storable
 from cocoa_embed.sources.files import files_of, is_deleted
+
+READER = 2
+"""Raise it when files of any kind give other records, captions or columns than before: an index then reads each of them
+again once, and embeds only what is new."""
 
 RECORDS_AHEAD = 16
 """Records that are read before they are asked for."""
@@ -164,10 +167,15 @@ class ShardFiles:
     def covers(self, key: str) -> bool:
         """Return whether the key is that of an image in one of the files, or in one that could be among them."""
         files = files_of(key)
-        if any(storable(str(place)) in files for place, _ in self.files):
+        if not self._keys.isdisjoint(files):
             return True
         root = None if self.root is None else storable(self.root)
         return root is not None and any(is_below(each, root) and each.lower().endswith(self.suffixes) for each in files)
+
+    @cached_property
+    def _keys(self) -> frozenset[str]:
+        """The files, as payloads name them."""
+        return frozenset(storable(str(place)) for place, _ in self.files)
 
     def is_deleted(self, key: str) -> bool:
         """Return whether there is certainly no file any more that has had the image."""
@@ -189,7 +197,7 @@ def relative_key(key: str, root: str | None) -> str:
 
 
 def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values as JSON has them: dates become strings, numbers that are not finite null; bytes are left out.
+    """Return values as ``as_json`` does, without bytes.
 
     A ``caption`` without a ``text`` beside it is the text; one that is null or blank is none.
     """
@@ -197,8 +205,7 @@ def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
     kept = without_blank_texts(kept)
     if "text" not in kept and isinstance(kept.get("caption"), str):
         kept["text"] = kept.pop("caption")
-    result: dict[str, Any] = json.loads(json.dumps(kept, default=str), parse_constant=lambda _: None)
-    return result
+    return as_json(kept)
 
 
 def give(content: bytes | ImageError) -> bytes:

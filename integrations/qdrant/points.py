@@ -16,9 +16,6 @@ NAMESPACE = uuid.UUID("6f1d3c52-8f0e-5f57-9a3c-0c0a1e3b7d11")
 NODE_KEYS = frozenset({"_node_content", "_node_type", "document_id", "doc_id", "ref_doc_id"})
 """The payload keys that only LlamaIndex reads."""
 
-LARGEST_INTEGER = 2**63 - 1
-"""The largest integer that Qdrant stores as it is."""
-
 MTIME_TOLERANCE = 1e-6
 """In seconds."""
 
@@ -55,15 +52,9 @@ def location_of(record: Record) -> FileLocation:
 
 def describe(record: Record) -> Payload:
     """Return the part of the payload that comes from a record's metadata."""
-    columns = json.loads(json.dumps(storable(dict(record.metadata))), parse_int=storable_integer)
+    columns = storable(dict(record.metadata))
     text = columns.pop("text", None)
     return {"caption": text, "metadata": columns, "caption_source": storable(record.metadata_source)}
-
-
-def storable_integer(digits: str) -> int | str:
-    """Return an integer; as text if it has more than 64 bits, which Qdrant would round."""
-    is_large = len(digits) > len(str(LARGEST_INTEGER)) + 1 or abs(int(digits)) > LARGEST_INTEGER
-    return digits if is_large else int(digits)
 
 
 def caption_of(payload: Mapping[str, Any]) -> str | None:

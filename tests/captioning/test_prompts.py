@@ -69,8 +69,17 @@ def test_question_answer_pairs_are_read_in_the_forms_that_models_write(text: str
     assert PROMPTS.read([QUESTIONS], [Answer(text)])["questions"] == expected
 
 
+def test_a_question_without_an_answer_is_no_pair_and_another_mark_of_the_same_kind_is_text() -> None:
+    text = "A: So.\nQ: Where?\nA:\nQ: Who?\nQ: What is red?\nA: 12\n13\nA: balls.\n\n2.\nQ: How many?\nA: In all\n12"
+    assert [(each["question"], each["answer"]) for each in PROMPTS.read([QUESTIONS], [Answer(text)])["questions"]] == [
+        ("Who? Q: What is red?", "12 13 A: balls."),
+        ("How many?", "In all 12"),
+    ]
+
+
 def test_an_answer_of_line_ends_is_read_at_once() -> None:
-    """It would take hours if a repetition could go on where the one before it ends."""
+    """It would take hours if each mark looked for another one behind all line ends."""
+    assert PROMPTS.read([QUESTIONS], [Answer(("Q: a\n" + "\n" * 20) * 1000)])["questions"] == []
     for answer in ("Q:" + "\n" * 1000 + "x", "Q: What?" + "\n" * 1000 + "x", "Q: What?\nA: It" + "\n" * 1000 + "is."):
         assert len(PROMPTS.read([QUESTIONS], [Answer(answer)])["questions"]) == answer.endswith("is.")
 

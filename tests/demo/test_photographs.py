@@ -74,6 +74,7 @@ def test_broken_photographs_are_left_out_and_named(photos: Path, tmp_path: Path)
 
 def test_wrong_folders_are_a_sentence_each(photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(photos.parent)
+    monkeypatch.setenv("HOME", str(photos.parent))
     (photos.parent / "bare").mkdir()
     (photos.parent / "work" / "mine").mkdir(parents=True)
     (photos.parent / "work" / MARKER).touch()
@@ -87,6 +88,7 @@ def test_wrong_folders_are_a_sentence_each(photos: Path, command: Command, monke
         (["--photos", "photos", "--backbone", "./nothing"], "1 recipe photos: backbone ./nothing does not exist"),
         (["--photos", "photos", "--work", "photos"], "2 photos holds photos, which the run reads"),
         (["--backbone", "work/mine", "--work", "work"], "2 work holds work/mine, which the run reads"),
+        (["--backbone=~/work/mine", "--work", "work"], "work/mine, which the run reads"),
     ):
         assert message in command("demo", "--out", "model", *arguments).error().replace("\n", " ")
     assert not (photos.parent / "model").exists()

@@ -145,6 +145,16 @@ def test_a_run_whose_captions_have_changed_is_not_resumed(scene_folder: Path, tm
     assert contents(out) == before
 
 
+def test_a_run_of_the_version_before_which_kept_no_fingerprints_is_resumed(
+    scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny(scene_folder)
+    (tmp_path / run.MARKER).write_text(settings.model_dump_json())
+    monkeypatch.setattr(run, "_run_stage", die)
+    with pytest.raises(Killed):
+        pretrain(settings, tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("held", ["data", "held_out", "language_model", "teacher"])
 def test_a_folder_that_holds_what_the_run_reads_is_refused(held: str, scene_folder: Path, tmp_path: Path) -> None:
     (tmp_path / run.MARKER).touch()

@@ -48,6 +48,14 @@ def test_a_list_of_texts_is_a_pair_for_each_in_every_kind_of_table(tmp_path: Pat
     assert [pair.first.text for pair in pairs] == ["a dog", "a puppy", "[sic] a cat"]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_text_in_brackets_that_is_no_list_of_texts_stays_as_it_is(tmp_path: Path, suffix: str) -> None:
+    write_images(tmp_path, "a")
+    texts = ["[sic]", "[1987]", "[]", '["a", 3]', "[" * 10000]
+    rows = [{"text": text, "image": "a.png"} for text in texts]
+    assert [pair.first.text for pair in read_pairs(write_table(tmp_path / f"rows{suffix}", rows))] == texts
+
+
 def test_pairs_of_any_items_are_read(tmp_path: Path) -> None:
     write_images(tmp_path, "ab")
     rows = [{"query_text": f"change {name}", "query_image": f"{name}.png", "positive_text": name} for name in "ab"]

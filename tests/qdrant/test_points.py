@@ -90,7 +90,7 @@ def test_the_place_in_a_shard_is_that_of_the_first_file_that_is_in_one() -> None
 
 
 def test_a_description_and_a_location_are_valid_json() -> None:
-    metadata: dict[str, Any] = {"n\udcff": ["\udcfe", 1, None, 1.5, True, 2**63 - 1, {"id": -(2**70)}]}
+    metadata: dict[str, Any] = {"n\udcff": ["\udcfe", 1, None, 1.5, True, 2**63 - 1]}
     metadata["text"] = "n\udcff"
     record = Record("/z\udcff.jpg", "z\udcff.jpg", bytes, 1.0, 5, None, metadata, "/metadata.jsonl")
     stored = payload(locations=[location_of(record)], description=describe(record))
@@ -98,5 +98,4 @@ def test_a_description_and_a_location_are_valid_json() -> None:
     assert (stored["path"], stored["relative_path"]) == (r"/z\udcff.jpg", r"z\udcff.jpg")
     assert describe(record) == {key: stored[key] for key in ("caption", "metadata", "caption_source")}
     assert stored["caption"] == r"n\udcff"
-    numbers = [2**63 - 1, {"id": "-1180591620717411303424"}]
-    assert stored["metadata"] == {r"n\udcff": [r"\udcfe", 1, None, 1.5, True, *numbers]}, "Qdrant has 64 bits"
+    assert stored["metadata"] == {r"n\udcff": [r"\udcfe", 1, None, 1.5, True, 2**63 - 1]}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from fake_model import FakeModel
@@ -16,9 +17,9 @@ from qdrant_client import QdrantClient
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, ImageError, TransientImageError
 from cocoa_embed.integrations.qdrant import IndexSummary
-from cocoa_embed.integrations.qdrant.indexing import manifest
+from cocoa_embed.integrations.qdrant.indexing import manifest, run
 from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint, PointStream
-from cocoa_embed.integrations.qdrant.indexing.manifest import Manifest, manifest_file
+from cocoa_embed.integrations.qdrant.indexing.manifest import Manifest
 from cocoa_embed.integrations.qdrant.indexing.run import IndexRun
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
 from cocoa_embed.integrations.qdrant.indexing.writer import Writer
@@ -115,6 +116,12 @@ def world() -> World:
     return world
 
 
+def kill(writer: Writer) -> None:
+    """Do what a run does until it removes stale points."""
+    writer.drain()
+    raise KeyboardInterrupt
+
+
 def counts(summary: IndexSummary) -> tuple[int, ...]:
     return summary.indexed, summary.unchanged, summary.updated, summary.replaced, summary.pruned, len(summary.failed)
 
@@ -176,10 +183,6 @@ def test_a_run_that_fails_is_finished_by_the_next_which_skips_what_is_complete(
 def test_a_run_that_is_killed_before_old_points_are_removed_is_finished_by_the_next(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kill(writer: Writer) -> None:
-        writer.drain()
-        raise KeyboardInterrupt
-
     world.one.version, world.one.contents["0.bmp"] = "2", image(50)
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "finish", kill)
@@ -188,6 +191,28 @@ def test_a_run_that_is_killed_before_old_points_are_removed_is_finished_by_the_n
     assert world.store.count() == 10, "the new content is stored, the old one not removed"
     assert (counts(world.run()), world.store.count()) == ((0, 9, 0, 1, 0, 0), 9)
     assert counts(world.run()) == (0, 10, 0, 0, 0, 0)
+
+
+def test_a_killed_run_has_remembered_the_shards_that_have_no_stale_points(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def photograph(number: int) -> Iterator[Record]:
+        yield Record("/data/p/x.bmp", "x.bmp", lambda: image(number), float(number))
+
+    folder = Archive("/data/p", "", {})
+    folder.records = lambda: photograph(4)  # type: ignore[method-assign]
+    world.source.shards_.insert(0, folder)
+    assert world.run().updated == 1, "of a content that both archives hold"
+    folder.records = lambda: photograph(60)  # type: ignore[method-assign]
+    world.one.version, world.other.version = "2", "2"
+    world.one.contents["0.bmp"] = image(50)
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "finish", kill)
+        with pytest.raises(KeyboardInterrupt):
+            world.run()
+    assert [world.manifest.shard(each.key) is None for each in (world.one, world.other)] == [True, False]
+    world.other.records = None  # type: ignore[method-assign, assignment] - not even listed
+    assert [counts(world.run()), counts(world.run())] == [(0, 9, 0, 2, 0, 0), (0, 11, 0, 0, 0, 0)]
 
 
 def test_images_that_left_a_shard_are_pruned_on_request_only(world: World) -> None:
@@ -203,6 +228,27 @@ def test_images_that_left_a_shard_are_pruned_on_request_only(world: World) -> No
     summary = world.run(prune=True)
     assert (summary.pruned, "3 of its 8 points would be pruned" in summary.failed[0]["reason"]) == (0, True)
     assert world.run(prune=True, prune_all=True).pruned == 3
+
+
+def test_a_shard_that_was_read_without_pruning_is_read_once_to_prune_it_though_it_has_copies(world: World) -> None:
+    world.one.version, world.one.contents["copy.bmp"] = "2", image(0)
+    world.run()
+    world.one.version = "3"
+    del world.one.contents["3.bmp"]
+    assert world.run().pruned == 0
+    for pruned, listed in ((1, 1), (0, 0)):
+        with patch.object(world.one, "records", wraps=world.one.records) as records:
+            assert (world.run(prune=True).pruned, records.call_count) == (pruned, listed)
+    assert "/data/one.tar#3.bmp" not in world.paths
+
+
+def test_files_that_are_read_otherwise_than_before_are_read_once_and_not_embedded(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "READER", run.READER + 1)
+    for listed in (1, 0):
+        with patch.object(world.one, "records", wraps=world.one.records) as records:
+            assert (counts(world.run())[1], world.embedded, records.call_count) == (10, 0, listed)
 
 
 def test_a_shard_that_cannot_be_read_to_its_end_is_reported_and_read_again(world: World) -> None:
@@ -320,25 +366,6 @@ def test_thumbnails_and_fields_that_are_wanted_anew_reach_skipped_shards(world: 
     assert world.embedded == 0
 
 
-def test_the_manifest_of_a_collection_is_kept_and_a_folder_that_cannot_be_written_is_no_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COCOA_CACHE", str(tmp_path / "cache"))
-    assert manifest_file("a") == manifest_file("a") != manifest_file("b")
-    world = World()
-    world.manifest = Manifest(manifest_file("a"))
-    world.run()
-    world.manifest.close()
-    world.manifest = Manifest(manifest_file("a"))
-    assert world.manifest.shard("/data/one.tar") is not None
-    assert Manifest(manifest_file("b")).shard("/data/one.tar") is None
-    (tmp_path / "file").touch()
-    for unusable in (tmp_path / "file" / "x", tmp_path / "broken"):
-        if unusable.name == "broken":
-            unusable.write_bytes(b"SQLite format 3\0" + b"no database" * 100)
-        assert Manifest(unusable).shard("/data/one.tar") is None
-
-
 def test_a_manifest_that_fails_in_the_middle_of_its_work_costs_work_alone(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -346,7 +373,7 @@ def test_a_manifest_that_fails_in_the_middle_of_its_work_costs_work_alone(
     world.one.version, world.one.contents["0.bmp"] = "2", BROKEN
     expected = counts(world.run())
     with closing(sqlite3.connect(tmp_path / "manifest")) as database:
-        database.executescript("DROP TABLE shards; DROP TABLE faults")
+        database.executescript("DROP TABLE complete_shards; DROP TABLE faults")
     assert caplog.messages == []
     assert [counts(world.run()), counts(world.run())] == [(0, 9, 0, 0, 0, 1)] * 2 == [expected] * 2
     (message,) = caplog.messages

@@ -6,6 +6,7 @@ from table_files import write_images, write_table
 
 from cocoa_embed.data.image_folder import DescribedImage
 from cocoa_embed.sources.image_metadata import Description, FolderMetadata, ImageMetadata
+from cocoa_embed.sources.shard_files import json_values
 
 
 def described(root: Path, *names: str, faults: list[str] | None = None) -> list[Description]:
@@ -40,6 +41,14 @@ def test_all_captions_of_an_image_are_lines_and_the_first_of_other_columns_count
     assert second.metadata == {"text": "three\nfour", "captions": ["three", "four"]}
     (inside,) = described(tmp_path / "sub", "a.png")
     assert inside.metadata == {"text": "five"}, "nothing above the root is read"
+
+
+def test_integers_of_more_than_64_bits_are_texts_as_qdrant_would_round_them(tmp_path: Path) -> None:
+    write_images(tmp_path, "a")
+    values = {"most": 2**63 - 1, "list": [{"id": -(2**70)}], "float": 1e300}
+    write_table(tmp_path / "metadata.jsonl", [{"file_name": "a.png", **values}])
+    expected = {**values, "list": [{"id": "-1180591620717411303424"}]}
+    assert described(tmp_path, "a.png")[0].metadata == json_values(values) == expected
 
 
 def test_faults_are_told_once_and_the_other_rows_count(tmp_path: Path) -> None:

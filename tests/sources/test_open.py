@@ -9,8 +9,9 @@ from source_files import parquet_file, pdf, read, tar, video
 from table_files import png
 
 from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.images.passed_over import PassedOver
 from cocoa_embed.sources.files import FileSource
-from cocoa_embed.sources.open import all_sources
+from cocoa_embed.sources.open import KINDS, NO_OPTIONS, all_sources, shard_files
 
 
 @pytest.fixture
@@ -53,6 +54,22 @@ def test_what_a_source_covers_and_misses(folder: Path) -> None:
     assert not source.is_deleted(f"{folder}/in/a.tar#x.png")
     for key in (f"{folder}/in/a.tar", f"{folder}-other/a.tar#x.png", f"{folder}/a.png"):
         assert not source.covers(key), key
+
+
+def test_which_images_many_files_cover_is_decided_without_asking_each() -> None:
+    asked: list[str] = []
+
+    class Name(str):
+        def __str__(self) -> str:
+            asked.append(self)
+            return self
+
+    files = shard_files(
+        [(Name(f"/data/{number}.tar"), KINDS["archive"]) for number in range(100)], NO_OPTIONS, PassedOver()
+    )
+    keys = ("/data/7.tar#x.png", "/data/7.png", "/data/100.tar#x.png")
+    assert [[files.covers(key) for key in keys] for _ in range(9)] == [[True, False, False]] * 9
+    assert len(asked) == 100
 
 
 def test_a_file_that_is_gone_is_a_fault_of_its_shard(folder: Path) -> None:
@@ -134,7 +151,9 @@ def test_what_describes_a_named_image_is_neither_a_list_nor_a_table(tmp_path: Pa
     (tmp_path / "a.png").write_bytes(png(1))
     (tmp_path / "a.txt").write_text("a ring\nin red")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "n": 1}')
-    found = read(all_sources(sorted(tmp_path.iterdir())))
+    passed_over = PassedOver()
+    found = read(all_sources(sorted(tmp_path.iterdir()), passed_over=passed_over))
     assert (found.metadata, found.faults) == ({"a.png": {"text": "a ring\nin red", "n": 1}}, [])
+    assert passed_over.counts == {"description of an image": 2}
     (tmp_path / "a.txt").write_text("a.png\n")
     assert [*read(tmp_path / "a.txt").contents] == ["a.png"], "alone, it is a list"

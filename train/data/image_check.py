@@ -61,25 +61,20 @@ class ImageSizes:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __contains__(self, image: ItemImage) -> bool:
-        return self._place(image) is not None
-
     def __getitem__(self, image: ItemImage) -> ImageSize:
-        if (place := self._place(image)) is None:
+        number = image_id(image)
+        place = int(np.searchsorted(self.ids, number))
+        if place == len(self.ids) or self.ids[place] != number:
             return read_size(image)
         width, height = self.sizes[place].tolist()
         return width, height
-
-    def _place(self, image: ItemImage) -> int | None:
-        number = image_id(image)
-        place = int(np.searchsorted(self.ids, number))
-        return place if place < len(self.ids) and self.ids[place] == number else None
 
 
 class CheckedImages(NamedTuple):
     """The result of a check: sizes of images, faults by ``image_id``, and how many images it left out.
 
-    The sizes are of all usable images, and of those that were usable in an earlier check.
+    The sizes are of all checked images; that of a broken one is from an earlier check, or else 1 x 1, so that a resumed
+    run can replace its row.
     """
 
     sizes: ImageSizes
@@ -128,6 +123,9 @@ class ImageCheck:
         bad = np.intersect1d(ids, np.array(list(self.faults), dtype=np.int64))
         faults = {number: self.faults[number] for number in bad.tolist()}
         known = self.known[np.isin(self.known["id"], ids)]
+        unknown = [(number, 0, 0, 1, 1) for number in np.setdiff1d(bad, known["id"]).tolist()]
+        known = np.concatenate([known, np.array(unknown, RECORD)])
+        known = known[np.argsort(known["id"])]
         sizes = ImageSizes(known["id"].copy(), np.stack([known["width"], known["height"]], axis=1))
         return CheckedImages(sizes, faults, total - len(ids))
 

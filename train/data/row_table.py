@@ -134,6 +134,21 @@ class RowTable(Sequence[Row]):
         ids, rows = self._images()
         return np.isin(self._indices, rows[np.isin(ids, image_ids)])
 
+    def image_sums(self, image_ids: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Return the sum of the values of the images of a row's query and positive, each once, int64 ``[rows]``.
+
+        :param image_ids: The images that have a value, sorted; the value of others is 0.
+        :param values: Of these, int64 ``[images]``.
+        """
+        ids, rows = self._images()
+        of_pair = np.arange(len(ids)) - np.searchsorted(rows, rows) < self._table["images"].to_numpy()[rows]
+        places = np.searchsorted(image_ids, ids)
+        chosen = of_pair & (places < np.searchsorted(image_ids, ids, "right"))
+        pairs = np.unique(rows[chosen] * len(image_ids) + places[chosen])
+        rows, places = np.divmod(pairs, max(1, len(image_ids)))
+        sums: np.ndarray = np.bincount(rows, values[places], len(self._table)).astype(np.int64)[self._indices]
+        return sums
+
     def _images(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the images of the whole table in order: their ``image_id``, and the numbers of their rows."""
         lists = self._table["image_ids"].combine_chunks()

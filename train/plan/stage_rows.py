@@ -63,23 +63,23 @@ def refuse_long_rows(stage: Stage[StageSettings], read: ReadRows) -> None:
     :raises UsageError: If those of a row do not.
     """
     images = read.rows.column("images")
-    several = np.flatnonzero(stage.joined_rows(read.rows) & (images > 1))
-    if not len(several):
+    several = stage.joined_rows(read.rows) & (images > 1)
+    if not several.any():
         return
     processor = load_processor(stage.run.backbone, **stage.run.limits)
     family, limit = family_of_images(processor), processor.tokenizer.model_max_length
     around, ends = family.markers.around, len(eos_tokens(processor.tokenizer))
     if images.max() * (family.most_visual_tokens(processor) + around) + ends <= limit:
         return
-    for row in read.rows.select(several):
-        found = row_images(row)
-        known = [read.sizes[image] for image in found if image in read.sizes]
-        needed = sum(family.visual_tokens(processor, *size) + around for size in known) + ends
-        if needed > limit:
-            raise UsageError(
-                f"The {len(found)} images of {row.source} take {needed} tokens together in stage {stage.name}, more "
-                f"than max_length {limit}; lower max_pixels or raise max_length."
-            )
+    sizes, size_of = np.unique(read.sizes.sizes, axis=0, return_inverse=True)
+    tokens = np.array([family.visual_tokens(processor, *size) + around for size in sizes.tolist()], np.int64)
+    needed = read.rows.image_sums(read.sizes.ids, tokens[size_of.ravel()]) + ends
+    if len(long := np.flatnonzero(several & (needed > limit))):
+        row = read.rows[int(long[0])]
+        raise UsageError(
+            f"The {len(row_images(row))} images of {row.source} take {needed[long[0]]} tokens together in stage "
+            f"{stage.name}, more than max_length {limit}; set max_pixels lower or max_length higher."
+        )
 
 
 def _usable(stage: Stage[StageSettings], read: ReadRows) -> ReadRows:

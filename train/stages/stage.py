@@ -230,12 +230,12 @@ class Stage(ABC, Generic[Own]):
 
     def weights_remedies(self) -> list[str]:
         """Return what to change in the recipe when weights, gradients and optimiser states leave no memory."""
-        remedies = [self.memory_remedy()]
+        remedies = []
         if self.settings.adapter is None:  # which cannot be sharded
+            remedies.append(f"train adapters ({self.name}.adapter.kind=dora)")
             if self.can_shard and self.run.sharding == "none":
-                remedies.insert(0, "shard them over several devices (sharding=fsdp2)")
-            remedies.insert(0, f"train adapters ({self.name}.adapter.kind=dora)")
-        return remedies
+                remedies.append("shard them over several devices (sharding=fsdp2)")
+        return [*remedies, self.memory_remedy()]
 
     def trials(self, trainer: CocoaTrainer, rows: RowTable) -> list[Trial]:
         """Return what a device may run at once, to be tried on its memory: here, the rows of a micro-batch.

@@ -95,7 +95,7 @@ def _train_stages(settings: PretrainSettings, request: dict[str, Any], earlier: 
     if not earlier:
         claim_folder(out, marker=MARKER)
         _record(out, request, rows=parts.fingerprints)
-    elif earlier.get("rows") != parts.fingerprints:
+    elif earlier.get("rows", parts.fingerprints) != parts.fingerprints:  # earlier versions have not kept them
         raise UsageError(f"The captions or the images of the run in {printable(out)} have changed since it began; "
                          "restore them, or leave out --resume to begin again.")  # fmt: skip
     for name in settings.stages:

@@ -25,8 +25,6 @@ from cocoa_embed.train.data.rows import Draw
 from cocoa_embed.train.stages.rendering import batched
 
 FORM = "it has to map pixels [n, 3, S, S] (0 to 1, float32), for any n, to features [n, channels, h, w]"
-IMAGES_AT_ONCE = 8
-"""On a CPU, a feature map of 64 images takes twice as long an image: its memory is fetched anew each time."""
 IMAGES_FOR_COMPONENTS = 1024
 """Images whose features the principal components are of."""
 
@@ -46,6 +44,8 @@ class Teacher:
     def __init__(self, file: Path, images: Sequence[Tensor], size: int, components: int) -> None:
         self.name = printable(file)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # On a CPU, a feature map of 64 images takes twice as long an image: its memory is fetched anew each time.
+        self.images_at_once = 64 if self.device.type == "cuda" else 8
         if not is_zipfile(file):  # for which torch would print a page
             raise CocoaError(f"{self.name} is no file of torch.export.save; {FORM}.")
         try:
@@ -59,7 +59,7 @@ class Teacher:
         if len(shape) != 4 or isinstance(shape[0], int) or shape[1] != 3 or str(shape[2]) != str(shape[3]):
             raise CocoaError(f"{self.name} takes inputs of the shapes {shapes}; {FORM}.")
         self.size = shape[2] if isinstance(shape[2], int) else size
-        raw = torch.cat([self._raw(part) for part in batched(images[:IMAGES_FOR_COMPONENTS], IMAGES_AT_ONCE)])
+        raw = torch.cat([self._raw(part) for part in batched(images[:IMAGES_FOR_COMPONENTS], self.images_at_once)])
         values, vectors = torch.linalg.eigh(raw.flatten(0, 2).double().T.cov())
         values, vectors = values.flip(0)[:components].clamp(min=1e-12), vectors.flip(1)[:, :components]
         self._mean = raw.mean(dim=(0, 1, 2))
@@ -130,7 +130,7 @@ def _write_views(images: CaptionedImages, teacher: Teacher, views: int, folder: 
         return vary(images.images[row], max(size, teacher.size), augmentation, generator)
 
     draws = [(view, row) for view in range(views) for row in range(count)]
-    for part in tqdm(batched(draws, IMAGES_AT_ONCE), "teacher", unit=f"{IMAGES_AT_ONCE} views"):
+    for part in tqdm(batched(draws, teacher.images_at_once), "teacher", unit=f"{teacher.images_at_once} views"):
         seen = [view_of(view, row) for view, row in part]
         places = tuple(np.array(part).T)
         features[places] = teacher(seen).numpy()
@@ -140,7 +140,7 @@ def _write_views(images: CaptionedImages, teacher: Teacher, views: int, folder: 
 def with_features(held_out: Mapping[str, Sequence[Example]], teacher: Teacher) -> dict[str, list[Example]]:
     """Return held-out examples with the features of the image that belongs to the captions."""
     own = [row["image"] for row in held_out["right"]]
-    features = torch.cat([teacher(part) for part in batched(own, IMAGES_AT_ONCE)])
+    features = torch.cat([teacher(part) for part in batched(own, teacher.images_at_once)])
     return {
         name: [{**row, "features": each} for row, each in zip(rows, features, strict=True)]
         for name, rows in held_out.items()

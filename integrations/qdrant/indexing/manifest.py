@@ -20,7 +20,9 @@ from cocoa_embed.folders import cache_folder
 logger = logging.getLogger(__name__)
 
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS shards (key TEXT PRIMARY KEY, version TEXT, records INTEGER, points INTEGER);
+DROP TABLE IF EXISTS shards; -- as it was in earlier versions
+CREATE TABLE IF NOT EXISTS complete_shards
+    (key TEXT PRIMARY KEY, version TEXT, records INTEGER, points INTEGER, is_unpruned INTEGER);
 CREATE TABLE IF NOT EXISTS faults
     (key TEXT PRIMARY KEY, shard TEXT, version TEXT, sha256 TEXT, reason TEXT, software TEXT);
 CREATE INDEX IF NOT EXISTS contents ON faults (sha256);
@@ -32,7 +34,7 @@ SOFTWARE = f"cocoa-embed {__version__}, Pillow {PIL.__version__}"
 """What contents could not be read with; another may read them."""
 
 FORGET_FAULTS = (
-    "DELETE FROM shards WHERE key IN (SELECT shard FROM faults WHERE software != ?)",
+    "DELETE FROM complete_shards WHERE key IN (SELECT shard FROM faults WHERE software != ?)",
     "DELETE FROM faults WHERE software != ?",
 )
 
@@ -44,6 +46,8 @@ class CompleteShard(NamedTuple):
     records: int
     points: int
     """In the collection with the key of this shard."""
+    is_unpruned: bool
+    """Whether some of them may name what is in it no more."""
 
 
 class Fault(NamedTuple):
@@ -79,13 +83,13 @@ class Manifest:
     def __init__(self, file: Path | None) -> None:
         """Open or create it; in memory if there is no file, or if it cannot be used."""
         self._file = file
-        self._database = connect(None)
-        if file is not None:
-            try:
+        try:
+            if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                self._database = connect(file)
-            except (OSError, sqlite3.Error) as error:
-                self._warn(error)
+            self._database = connect(file)
+        except (OSError, sqlite3.Error) as error:
+            self._warn(error)
+            self._database = connect(None)
         self._forget_faults_of_others(SOFTWARE)
         self._has_faults = self._first("SELECT 1 FROM faults") is not None
         """Whether there may be any: most collections have none, and every record would be looked up."""
@@ -96,12 +100,12 @@ class Manifest:
 
     def shard(self, key: str) -> CompleteShard | None:
         """Return what is known of a shard; None if it is not complete."""
-        rows = self._execute("SELECT version, records, points FROM shards WHERE key = ?", key)
+        rows = self._execute("SELECT version, records, points, is_unpruned FROM complete_shards WHERE key = ?", key)
         return CompleteShard(*rows[0]) if rows else None
 
     def complete(self, key: str, shard: CompleteShard) -> None:
         """Remember a complete shard."""
-        self._execute("INSERT OR REPLACE INTO shards VALUES (?, ?, ?, ?)", key, *shard)
+        self._execute("INSERT OR REPLACE INTO complete_shards VALUES (?, ?, ?, ?, ?)", key, *shard)
 
     def faults_in(self, shard: str) -> list[Fault]:
         """Return the faults of the records of a shard."""
@@ -126,11 +130,11 @@ class Manifest:
 
     def keep_fault(self, key: str, shard: str | None) -> None:
         """Note that a record whose fault is known is in a shard, which may have been reopened."""
-        self._execute("UPDATE faults SET shard = ? WHERE key = ?", shard, key)
+        self._execute("UPDATE faults SET shard = ? WHERE key = ? AND shard IS NOT ?", shard, key, shard)
 
     def reopen(self, shard: str) -> None:
         """Forget that a shard is complete and which of its records have faults; their contents stay known."""
-        self._execute("DELETE FROM shards WHERE key = ?", shard)
+        self._execute("DELETE FROM complete_shards WHERE key = ?", shard)
         self._execute("UPDATE faults SET shard = NULL WHERE shard = ?", shard)
 
     def forget_faults(self) -> None:

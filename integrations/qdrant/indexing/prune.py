@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cocoa_embed.integrations.qdrant.indexing.merge import BATCH_CHANGES, Change, Merger
-from cocoa_embed.integrations.qdrant.points import LOCATION_KEYS, Payload, shards_of, stored_locations
+from cocoa_embed.integrations.qdrant.points import LOCATION_KEYS, shards_of, stored_locations
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Source, storable
 from cocoa_embed.sources.open import local_path
@@ -151,16 +152,19 @@ def forget(store: Store, manifest: Manifest, paths: Sequence[str | Path]) -> For
 
     :param manifest: That of the collection; the next run reads the shards again that lose an image.
     """
-    keys = {str(path): storable(absolute(str(path))) for path in paths}
-    merger, images, deleted, reopened = Merger(lambda _: False), dict.fromkeys(keys, 0), 0, set[str]()
+    images = Counter(dict.fromkeys(map(str, paths), 0))
+    names: dict[str, list[str]] = {}
+    for name in images:
+        names.setdefault(storable(absolute(name)).rstrip("/"), []).append(name)
+    merger, deleted, reopened = Merger(lambda _: False), 0, set[str]()
     points = iter(store.scan(HELD_KEYS))
     while page := list(islice(points, BATCH_CHANGES)):
         changes: dict[str, Change] = {}
         for id_, payload in page:
             held = {each.path for each in stored_locations(payload)}
-            named = {name: {path for path in held if is_named(path, key, payload)} for name, key in keys.items()}
-            images.update({name: images[name] + len(found) for name, found in named.items()})
-            if removed := set().union(*named.values()):
+            named = {path: names.keys() & keys_of(path, shards_of(payload)) for path in held}
+            images.update(name for keys in named.values() for key in keys for name in names[key])
+            if removed := {path for path, keys in named.items() if keys}:
                 changes[id_] = Change(removed=removed)
                 deleted += removed == held
                 for shard in set(shards_of(payload)) - reopened:
@@ -168,7 +172,7 @@ def forget(store: Store, manifest: Manifest, paths: Sequence[str | Path]) -> For
                         manifest.reopen(shard)
                         reopened.add(shard)
         merger.merge(store, changes)
-    return Forgotten(images, deleted)
+    return Forgotten(dict(images), deleted)
 
 
 def absolute(path: str) -> str:
@@ -177,9 +181,10 @@ def absolute(path: str) -> str:
     return local if "://" in local else os.path.abspath(local)
 
 
-def is_named(path: str, key: str, payload: Payload) -> bool:
-    """Return whether an image of a point is the named one, below the named folder or URL, or in the named shard."""
-    return is_in(path, key) or (key in shards_of(payload) and path.startswith(f"{key}#"))
+def keys_of(path: str, shards: Sequence[str]) -> set[str]:
+    """Return what names an image: its path, the folders and URLs above it, and those of these shards that hold it."""
+    above = (path[: slash.start()] for slash in re.finditer("/", path))
+    return {path, *above, *(shard for shard in shards if path.startswith(f"{shard}#"))}
 
 
 def is_in(path: str, folder: str) -> bool:

@@ -27,15 +27,11 @@ from cocoa_embed.integrations.qdrant.indexing.merge import DESCRIPTION_KEYS, Cha
 from cocoa_embed.integrations.qdrant.indexing.prune import prune_deleted
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
 from cocoa_embed.integrations.qdrant.indexing.writer import Batch, Writer
-from cocoa_embed.integrations.qdrant.points import (
-    LOCATION_KEYS,
-    Payload,
-    is_same_json,
-    stored_locations,
-)
+from cocoa_embed.integrations.qdrant.points import LOCATION_KEYS, Payload, is_same_json, stored_locations
 from cocoa_embed.integrations.qdrant.stores.base import IMAGE, NewVector, Where
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Record, Shard, Source, storable
+from cocoa_embed.sources.shard_files import READER
 
 LOOKUP_RECORDS = 256
 """Records whose points are looked up together."""
@@ -62,7 +58,8 @@ class IndexSummary:
     """Images that could not be used, and places that were not pruned, as ``{"path", "reason"}``."""
     passed_over: dict[str, int]
     """How many files and folders were passed over, by the reason: ``system folder``, ``companion of another file``,
-    ``cache``, ``excluded``, ``link in an archive``."""
+    ``deleted file``, ``cache``, ``excluded``, ``link in an archive``, ``name again in an archive``,
+    ``description of an image`` (a place that was given beside the image)."""
     seconds: float
     """Without loading the model."""
     images_per_second: float
@@ -82,6 +79,10 @@ class ShardProgress:
     is_read: bool = False
     is_faulty: bool = False
     """Whether a record could not be read, so that the next run has to look again."""
+    is_unpruned: bool = False
+    """Whether points may name what is in it no more, as it had some before and the run does not prune."""
+    has_stale_points: bool = False
+    """Whether points of earlier contents name its records until the run has finished."""
 
 
 @dataclass
@@ -114,7 +115,8 @@ class IndexRun:
     """The points that name each record in flight, by its key."""
     _shards: dict[str, ShardProgress] = field(default_factory=dict)
     """The shards that are not complete yet."""
-    _complete: dict[str, CompleteShard] = field(default_factory=dict)
+    _complete_at_end: dict[str, CompleteShard] = field(default_factory=dict)
+    """The shards whose records are stored, and that have stale points."""
 
     def __post_init__(self) -> None:
         self.embed = self.store.embed
@@ -151,9 +153,8 @@ class IndexRun:
                 self.pruned += pruned
                 self.failed += kept
             self._writer.finish()
-            if self._writer.detached:  # it may have left any of them
-                for key in self._complete:
-                    self._remember(key)
+            for key, shard in self._complete_at_end.items():
+                self._remember(key, shard)
 
     def summary(self, seconds: float) -> IndexSummary:
         """Return the summary of the finished run."""
@@ -185,8 +186,8 @@ class IndexRun:
         faults = self.manifest.faults_in(storable(shard.key))
         if known is None or known.version != self._version(shard.version):
             return False
-        points, good = self.store.count(Where("shard", [storable(shard.key)])), known.records - len(faults)
-        if points != known.points or (good and not points) or (self.prune and points > good):
+        points, good = self._count_points(shard.key), known.records - len(faults)
+        if points != known.points or (good and not points) or (self.prune and known.is_unpruned):
             return False
         self.found[number] += known.records
         self.failed += [{"path": fault.key, "reason": fault.reason} for fault in faults]
@@ -197,6 +198,7 @@ class IndexRun:
     def _read_shard(self, shard: Shard, number: int) -> Iterator[Record]:
         """Yield the records of a shard, and remember it when they are all stored."""
         progress = self._shards[shard.key] = ShardProgress(self._version(shard.version))
+        progress.is_unpruned = not self.prune and self._count_points(shard.key) > 0
         self.manifest.reopen(storable(shard.key))
         for record in self._good_records(shard, number, progress):
             progress.records += 1
@@ -205,7 +207,7 @@ class IndexRun:
                 progress.seen.add(storable(record.key))
             yield record
         if self.prune and not progress.is_faulty:
-            self._prune_shard(storable(shard.key), progress.seen)
+            self._prune_shard(shard.key, progress.seen)
         progress.seen.clear()
         progress.is_read = True
         self._finish_records(shard.key, 0)
@@ -220,11 +222,12 @@ class IndexRun:
             self.failed.append({"path": shard.key, "reason": error.reason})
             progress.is_faulty = True
 
-    def _prune_shard(self, key: str, seen: set[str]) -> None:
+    def _prune_shard(self, shard: str, seen: set[str]) -> None:
+        key = storable(shard)
         for id_, payload in self.store.scan(LOCATION_KEYS, Where("shard", [key])):
             for path in (each.path for each in stored_locations(payload)):
                 if path.startswith(f"{key}#") and path not in seen:
-                    self._writer.detach(id_, path)
+                    self._detach(id_, path, shard)
                     self.pruned += 1
 
     def _finish_records(self, shard: str | None, count: int) -> None:
@@ -235,18 +238,22 @@ class IndexRun:
         progress.in_flight -= count
         if progress.is_read and not progress.in_flight:
             del self._shards[shard]
-            if not progress.is_faulty:
-                self._complete[shard] = CompleteShard(progress.version, progress.records, 0)
-                if not self._writer.detached:  # it may have stale points, which are there until the run has finished
-                    self._remember(shard)
+            complete = CompleteShard(progress.version, progress.records, 0, progress.is_unpruned)
+            if progress.has_stale_points and not progress.is_faulty:
+                self._complete_at_end[shard] = complete
+            elif not progress.is_faulty:
+                self._remember(shard, complete)
 
-    def _remember(self, key: str) -> None:
-        points = self.store.count(Where("shard", [storable(key)]))
-        self.manifest.complete(storable(key), self._complete[key]._replace(points=points))
+    def _remember(self, key: str, shard: CompleteShard) -> None:
+        self.manifest.complete(storable(key), shard._replace(points=self._count_points(key)))
+
+    def _count_points(self, shard: str) -> int:
+        """Return how many points the collection has with the key of a shard."""
+        return self.store.count(Where("shard", [storable(shard)]))
 
     def _version(self, version: str) -> str:
-        """Return the version of a shard, with what a run adds to its points."""
-        return f"{version} {self.thumbnails and self.thumbnails.folder} {self.llama_index}"
+        """Return the version of a shard, with how it is read and what a run adds to its points."""
+        return f"{READER} {version} {self.thumbnails and self.thumbnails.folder} {self.llama_index}"
 
     def _changed_records(self) -> Iterator[Record]:
         """Yield the records that have to be read; the points that name them are looked up in groups."""
@@ -314,7 +321,7 @@ class IndexRun:
         self.manifest.keep_fault(storable(record.key), storable(record.shard))
         for point in named:
             if not point.is_as_it_was(record):  # else its caption is at fault, and the image is stored
-                self._writer.detach(point.id, storable(record.key))
+                self._detach(point.id, storable(record.key), record.shard)
         self._fail(record, reason)
         return True
 
@@ -344,8 +351,14 @@ class IndexRun:
         """Detach a record from the points of its earlier contents; return whether there are any."""
         others = [other for other in self._before.pop(record.key, []) if other != id_]
         for other in others:
-            self._writer.detach(other, storable(record.key))
+            self._detach(other, storable(record.key), record.shard)
         return bool(others)
+
+    def _detach(self, id_: str, path: str, shard: str | None) -> None:
+        """Let a point lose a path, that of a record in this shard, at the end of the run."""
+        self._writer.detach(id_, path)
+        if shard in self._shards:
+            self._shards[shard].has_stale_points = True
 
     def _on_failed(self, failed: FailedRecord) -> None:
         record, error, tried = failed

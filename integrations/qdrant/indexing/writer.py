@@ -51,7 +51,6 @@ class Writer:
         """Batches that are being written, the oldest first."""
         self._detached = tempfile.TemporaryFile("w+", encoding="utf-8")
         """Ids and paths of points that lose a path, one JSON list a line."""
-        self.detached = 0
 
     def __enter__(self) -> Writer:
         """Return the writer."""
@@ -103,7 +102,6 @@ class Writer:
         :param path: As the payload has it.
         """
         self._detached.write(json.dumps([id_, path]) + "\n")
-        self.detached += 1
 
     def flush(self) -> None:
         """Begin to write what has come; wait while twice as many batches wait as there are threads."""

@@ -11,7 +11,8 @@ from datetime import datetime, timedelta, timezone
 from typing import TypeAlias, TypeGuard
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.integrations.qdrant.points import LARGEST_INTEGER, NODE_KEYS
+from cocoa_embed.integrations.qdrant.points import NODE_KEYS
+from cocoa_embed.sources.base import LARGEST_INTEGER
 
 Scalar: TypeAlias = str | bool | int | float
 

@@ -16,9 +16,10 @@ from cocoa_embed.data.arrow_table import open_parquet
 from cocoa_embed.data.rows import ArrowImage, Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.data.row_table import RowTable, image_id
+from cocoa_embed.train.stages.rendering import row_images
 
 texts = st.none() | st.text(min_size=1, max_size=5)
-images = st.lists(st.sampled_from([Path("/a.png"), Path("/b.png")]), max_size=2).map(tuple)
+images = st.lists(st.sampled_from([Path("/a.png"), Path("/b.png"), Path("/c.png")]), max_size=2).map(tuple)
 items = st.tuples(texts, images, texts).filter(lambda parts: parts[0] or parts[1]).map(lambda parts: Item(*parts))
 rows = st.builds(Row, items, items, st.text(max_size=3), st.lists(items, max_size=2).map(tuple), st.sampled_from("ab"))
 
@@ -48,7 +49,9 @@ def test_columns_identify_content(given_rows: list[Row]) -> None:
 
 
 @given(st.lists(rows, max_size=5), st.data())
-def test_images_are_found_once_and_rows_by_their_images(given_rows: list[Row], data: st.DataObject) -> None:
+def test_images_are_found_once_and_rows_by_their_images_whose_values_are_summed(
+    given_rows: list[Row], data: st.DataObject
+) -> None:
     places = data.draw(st.lists(st.integers(0, len(given_rows) - 1), max_size=6)) if given_rows else []
     table = RowTable.of(given_rows).select(np.array(places))
     found = list(table.images(table.image_ids()))
@@ -57,6 +60,10 @@ def test_images_are_found_once_and_rows_by_their_images(given_rows: list[Row], d
     assert [image_id(image) for _, image in found] == [number for number, _ in found]
     of_a = table.with_images(np.array([image_id(Path("/a.png"))]))
     assert of_a.tolist() == [Path("/a.png") in row.images() for row in table]
+    for values in ({}, {"/a.png": 2, "/b.png": 7}):
+        of_id = sorted((image_id(Path(name)), value) for name, value in values.items())
+        sums = table.image_sums(*np.array(of_id, np.int64).reshape(-1, 2).T)
+        assert sums.tolist() == [sum(values.get(str(image), 0) for image in row_images(row)) for row in table]
 
 
 def test_a_file_is_opened_anew_where_a_table_is_sent(tmp_path: Path) -> None:

@@ -328,7 +328,7 @@ def test_a_changed_recipe_is_refused_with_its_differences(recipe: Recipe, whole:
 def test_a_run_that_a_missing_image_has_stopped_goes_on_without_it(
     recipe: Recipe, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the rows that it began with, from which a row that it had left out stays left out."""
+    """With the rows that it began with, from which a row that it had left out stays left out, and without a cache."""
     monkeypatch.setattr(mixture, "BAD_ROW_LIMIT", 0.5)
     data, out = Path(shutil.copytree(scene_folder, tmp_path / "scenes")), tmp_path / "out"
     first, second, *_ = sorted(data.glob("*.png"))
@@ -338,6 +338,7 @@ def test_a_run_that_a_missing_image_has_stopped_goes_on_without_it(
     with killed_at(3):
         run(given, out)
     second.unlink()
+    monkeypatch.setenv("COCOA_CACHE", str(tmp_path / "cache"))
     stopping = only(recipe, "warmup", data=settings.model_copy(update={"on_bad_row": "stop"}))
     with pytest.raises(CocoaError, match=r"data\.on_bad_row=skip"):
         run(stopping, out, resume=True)

@@ -276,7 +276,7 @@ def test_images_that_do_not_fit_into_a_sequence_together_are_refused(
     given = recipe(data={"file": str(write_table(tmp_path / "pairs.jsonl", rows))}, max_pixels=224 * 224,
                    **values)  # fmt: skip
     if is_refused:
-        message = r"The 2 images of .*pairs\.jsonl:1 take 133 tokens together in stage .*, more than max_length 128"
+        message = r"2 images of .*pairs\.jsonl:1 take 133 tokens together in stage .*, more than max_length 128; set"
         with pytest.raises(UsageError, match=message):
             examine(given, tmp_path / "out")
     else:

@@ -26,6 +26,11 @@ class PairGroup:
     hard_negatives: int
     rows: np.ndarray
 
+    def batches(self, batch_size: int, devices: int) -> int:
+        """Return the number of batches in an epoch, of ``batch_size`` rows over all devices."""
+        fewest = devices if self.hard_negatives else max(2, devices)
+        return (len(self.rows) + batch_size - min(fewest, batch_size)) // batch_size
+
 
 @dataclass(frozen=True)
 class StepContent:
@@ -36,6 +41,7 @@ class StepContent:
     :param queries: Different queries among them.
     :param positives: Different positives among them.
     :param rows_a_step: Rows of a batch, over all devices.
+    :param batches: Of an epoch.
     """
 
     subset: str
@@ -44,6 +50,7 @@ class StepContent:
     queries: int
     positives: int
     rows_a_step: int
+    batches: int
 
     def fault(self, devices: int) -> str | None:
         """Return why no step can be trained on these rows, None if it can."""
@@ -89,9 +96,17 @@ def step_contents(rows: RowTable, settings: ContrastiveSettings, devices: int) -
     contents = []
     for group in pair_groups(rows, settings.model_copy(update={"directions": "forward"})):
         members = group.rows
-        drawn = min(settings.batch_size, len(members)) // devices * devices
-        distinct = [len(np.unique(ids[members])) for ids in (queries, positives)]
-        contents.append(StepContent(group.subset, group.hard_negatives, len(members), distinct[0], distinct[1], drawn))
+        contents.append(
+            StepContent(
+                group.subset,
+                group.hard_negatives,
+                rows=len(members),
+                queries=len(np.unique(queries[members])),
+                positives=len(np.unique(positives[members])),
+                rows_a_step=min(settings.batch_size, len(members)) // devices * devices,
+                batches=group.batches(settings.batch_size, devices),
+            )
+        )
     return contents
 
 
@@ -121,7 +136,7 @@ class PairBatches(BatchSampler):
     ) -> None:
         self.groups, self.size, self.steps, self.seed, self.devices = groups, batch_size, steps, seed, devices
         self.turns, self.span = turns, span
-        if not any(map(self.batches_of, groups)):
+        if not any(group.batches(batch_size, devices) for group in groups):
             raise ValueError("no group has enough rows for a batch")
         # So accelerate expects batches of different sizes, and uses each.
         self.batch_size = None  # type: ignore[assignment]
@@ -137,14 +152,9 @@ class PairBatches(BatchSampler):
             size = len(batch) // self.devices
             yield from (batch[part * size : (part + 1) * size].tolist() for part in range(self.devices))
 
-    def batches_of(self, group: PairGroup) -> int:
-        """Return the number of batches of a group in an epoch."""
-        fewest = self.devices if group.hard_negatives else max(2, self.devices)
-        return (len(group.rows) + self.size - min(fewest, self.size)) // self.size
-
     def _epoch(self, seed: int) -> Iterator[np.ndarray]:
         rows = [group.rows[_permutation(len(group.rows), seed)] for group in self.groups]
-        turns = np.repeat(np.arange(len(rows)), [self.batches_of(group) for group in self.groups])
+        turns = np.repeat(np.arange(len(rows)), [group.batches(self.size, self.devices) for group in self.groups])
         taken = [0] * len(rows)
         for group in turns[_permutation(len(turns), seed)]:
             yield rows[group][taken[group] : taken[group] + self.size]

@@ -79,18 +79,18 @@ class Contrastive(Stage[ContrastiveSettings]):
             )
 
     def check_rows(self, rows: RowTable) -> None:
-        """Check that every subset can give a batch with something to contrast.
+        """Check that every subset gives batches, and all of them something to contrast.
 
-        :raises UsageError: If one cannot.
+        :raises UsageError: If one does not.
         """
         devices = PartialState().num_processes
         contents = step_contents(rows, self.settings, devices)
-        trained = {content.subset for content in contents if not content.fault(devices)}
+        trained = {content.subset for content in contents if content.batches}
         for content in contents:
-            if content.subset not in trained:
+            if (fault := content.fault(devices)) and (content.batches or content.subset not in trained):
                 raise UsageError(
-                    f"Subset {content.subset!r} of stage {self.name} {content.fault(devices)}; leave it out of the "
-                    "stage, or give it more different pairs."
+                    f"Subset {content.subset!r} of stage {self.name} {fault}; leave it out of the stage, or give it "
+                    "more different pairs."
                 )
 
     def joined_rows(self, rows: RowTable) -> np.ndarray:
@@ -104,9 +104,9 @@ class Contrastive(Stage[ContrastiveSettings]):
 
     def mean_batch_size(self, rows: RowTable) -> float:
         """Return how many rows of an epoch there are to each of its batches, the last of which may be smaller."""
-        groups, devices = pair_groups(rows, self.settings), PartialState().num_processes
-        batches = PairBatches(groups, self.settings.batch_size, steps=1, seed=self.run.seed, devices=devices)
-        return len(rows) * self.passes_per_epoch / sum(map(batches.batches_of, groups))
+        size, devices = self.settings.batch_size, PartialState().num_processes
+        batches = sum(group.batches(size, devices) for group in pair_groups(rows, self.settings))
+        return len(rows) * self.passes_per_epoch / batches
 
     def row_warnings(self, rows: RowTable) -> list[str]:
         """Return a sentence for each subset whose batches are small or have few negatives, or that has rows in none."""
@@ -115,10 +115,11 @@ class Contrastive(Stage[ContrastiveSettings]):
         warnings = []
         for content in step_contents(rows, self.settings, devices):
             subset = f"Subset {content.subset!r} of stage {self.name}"
-            if fault := content.fault(devices):
+            if not content.batches:
+                several, hard = content.rows > 1, content.hard_negatives
                 warnings.append(
-                    f"{subset} has rows whose queries teach nothing: with {content.hard_negatives} hard negatives, it "
-                    f"{fault}; give them as many as the others have, or leave them out."
+                    f"{subset}: its {content.rows} row{'s' * several} with {hard} hard negative{'s' * (hard != 1)} "
+                    f"make{'s' * (not several)} no batch; give all rows equally many, or leave such rows out."
                 )
             elif warning := content.warning(self.settings.batch_size):
                 warnings.append(f"{subset} {warning}; {remedy}.")

@@ -97,14 +97,14 @@ def test_each_side_and_each_number_of_hard_negatives_has_batches_of_its_own() ->
 def test_a_batch_of_a_single_pair_is_left_out_unless_it_has_hard_negatives() -> None:
     for hard, count in ((0, 2), (1, 3)):
         groups = pair_groups(RowTable.of(rows_of(17, hard=hard)), settings_of(hard_negatives=1))
-        assert PairBatches(groups, 8, 1, 0, 1).batches_of(groups[0]) == count
+        assert groups[0].batches(8, 1) == count
 
 
 def test_what_a_step_holds_is_counted_by_subset() -> None:
     rows = RowTable.of([*rows_of(100, "memes", positives=2), *rows_of(20, "few", queries=15)])
     assert step_contents(rows, settings_of(batch_size=64, directions="both"), devices=8) == [
-        StepContent("memes", 0, rows=100, queries=100, positives=2, rows_a_step=64),
-        StepContent("few", 0, rows=20, queries=15, positives=20, rows_a_step=16),
+        StepContent("memes", 0, rows=100, queries=100, positives=2, rows_a_step=64, batches=2),
+        StepContent("few", 0, rows=20, queries=15, positives=20, rows_a_step=16, batches=1),
     ]
 
 
@@ -151,22 +151,26 @@ def test_rows_that_make_no_batch_are_counted_in_a_warning_if_others_of_their_sub
     stage, table = alone(Contrastive, settings_of(hard_negatives=1)), RowTable.of([*rows_of(64, hard=1), *rows_of(1)])
     stage.check_rows(table)
     (warning,) = stage.row_warnings(table)
-    assert "'data' of stage contrastive has rows whose queries teach nothing: with 0 hard negatives, it has" in warning
-    assert "nothing to contrast in a batch (rows 1, of a step 1, " in warning
+    assert "'data' of stage contrastive: its 1 row with 0 hard negatives makes no batch; give all" in warning
+    few = RowTable.of([*rows_of(2, hard=1), *rows_of(998, positives=1)])
+    with pytest.raises(UsageError, match=r"'data' of .* has nothing to contrast in a batch \(rows 998, "):
+        stage.check_rows(few)
     monkeypatch.setitem(meet()._shared_state, "num_processes", 8)
     table = RowTable.of([*rows_of(64, hard=1), *rows_of(7)])
     stage.check_rows(table)
-    assert "has too few rows for 8 devices (rows 7, of a step 0, " in stage.row_warnings(table)[0]
+    assert "its 7 rows with 0 hard negatives make no batch; give all" in stage.row_warnings(table)[0]
 
 
 @pytest.mark.parametrize(("count", "devices", "steps"), [(9, 1, 5), (17, 8, 10), (16, 1, 10), (10, 1, 10), (7, 4, 5)])
 def test_an_epoch_has_the_steps_that_its_batches_make(
     monkeypatch: pytest.MonkeyPatch, count: int, devices: int, steps: int
 ) -> None:
-    """Five epochs; a last batch that is left out makes none."""
+    """Five epochs; a last batch that is left out makes none, and each direction has its own."""
     monkeypatch.setitem(meet()._shared_state, "num_processes", devices)
-    settings = ContrastiveSettings(epochs=5, batch_size=8, directions="forward")
-    assert alone(Contrastive, settings).step_count(RowTable.of(rows_of(count))) == steps
+    table = RowTable.of(rows_of(count))
+    for directions, times in (("forward", 1), ("both", 2)):
+        settings = ContrastiveSettings(epochs=5, batch_size=8, directions=directions)
+        assert alone(Contrastive, settings).step_count(table) == times * steps
 
 
 def test_a_million_rows_are_checked_and_drawn_from_without_reading_one(monkeypatch: pytest.MonkeyPatch) -> None:
