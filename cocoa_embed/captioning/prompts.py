@@ -127,9 +127,9 @@ class Prompts(BaseModel):
             if answer.is_refused or self._is_refusal(text):
                 unusable.append(f"{request.name}: refused: {shortened(text)}")
             elif request.name == QUESTIONS and pairs:
-                for pair in pairs:
-                    texts = dict(zip(("question", "answer"), map(_line, pair), strict=True))
-                    questions.setdefault(_same(texts["question"]), texts)
+                for question, answered in pairs:
+                    texts = {"question": _line(question), "answer": _line(answered)}
+                    questions.setdefault(_same(question), texts)
             elif request.name != QUESTIONS and _same(text := _line(_whole(text) if answer.is_cut else text)):
                 captions.setdefault(_same(text), (text, request.name))
             else:

