@@ -160,11 +160,11 @@ def without_descriptions(texts: Sequence[str], passed_over: PassedOver) -> list[
     folders = {os.path.dirname(image) for image in images}
 
     def describes(text: str) -> bool:
-        stem, suffix = os.path.splitext(os.path.abspath(text))
-        folder, name = os.path.split(stem + suffix)
+        path = os.path.abspath(text)
+        (stem, suffix), (folder, name) = os.path.splitext(path), os.path.split(path)
         is_beside = suffix.lower() in TEXT_SUFFIXES and stem in stems
         is_description = is_beside or (name in METADATA_FILES and folder in folders)
-        return is_description and passed_over.note(stem + suffix, "description of an image")
+        return is_description and passed_over.note(path, "description of an image")
 
     return [text for text in texts if "://" in text or not describes(text)]
 

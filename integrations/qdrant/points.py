@@ -104,12 +104,12 @@ def place_fields(locations: Sequence[FileLocation], shards: Iterable[str]) -> Pa
 
     :param shards: The keys of the shards that the locations may be in. The field is a list if they are in several.
     """
-    held = [shard for shard in dict.fromkeys(shards) if any(each.path.startswith(f"{shard}#") for each in locations)]
+    held = [shard for shard in dict.fromkeys(shards) if any(is_in_shard(each.path, shard) for each in locations)]
     if not held:
         return {}
     fields: Payload = {"shard": held[0] if len(held) == 1 else held}
     first = locations[0].path
-    place = PLACE.search(first) if any(first.startswith(f"{shard}#") for shard in held) else None
+    place = PLACE.search(first) if any(is_in_shard(first, shard) for shard in held) else None
     if place is None:
         return fields
     return fields | ({"page": int(place["page"])} if place["page"] else {"seconds": float(place["seconds"])})
@@ -119,6 +119,11 @@ def shards_of(stored: Mapping[str, Any]) -> list[str]:
     """Return the keys of the shards that hold the content of a stored payload."""
     shards = stored.get("shard") or []
     return [shards] if isinstance(shards, str) else list(shards)
+
+
+def is_in_shard(path: str, shard: str) -> bool:
+    """Return whether the path of an image is that of one in an archive, a table or a document."""
+    return path.startswith(f"{shard}#")
 
 
 def stored_locations(stored: Mapping[str, Any]) -> list[FileLocation]:

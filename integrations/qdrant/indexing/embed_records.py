@@ -75,8 +75,8 @@ class FailedRecord(NamedTuple):
     record: Record
     error: ImageError
     tried: str | None
-    """What ``PointStream.tried`` names, and fails whenever it is tried; None if a later run may use the record, or its
-    content is stored already."""
+    """A SHA-256 of what failed (``PointStream.tried``), if it would fail again; None if a later run may use the record,
+    or its content is stored already."""
 
 
 Outcome: TypeAlias = NewPoint | StoredContent | FailedRecord
@@ -102,7 +102,7 @@ def read_record(record: Record) -> tuple[Content, bytes]:
 
 @dataclass(kw_only=True)
 class PointStream:
-    """Makes points of records; each is for one run.
+    """Makes points of records, for one run.
 
     :param stored: Returns, of the ids of contents, those that have a point, with its payload. They are not embedded.
     :param on_stored: Called with each record whose content is stored, and not yielded.

@@ -47,7 +47,7 @@ class CompleteShard(NamedTuple):
     points: int
     """In the collection with the key of this shard."""
     is_unpruned: bool
-    """Whether some of them may name what is in it no more."""
+    """Whether some of these points may name images that are no longer in it."""
 
 
 class Fault(NamedTuple):

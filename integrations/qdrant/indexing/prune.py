@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cocoa_embed.integrations.qdrant.indexing.merge import BATCH_CHANGES, Change, Merger
-from cocoa_embed.integrations.qdrant.points import LOCATION_KEYS, shards_of, stored_locations
+from cocoa_embed.integrations.qdrant.points import LOCATION_KEYS, is_in_shard, shards_of, stored_locations
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Source, storable
 from cocoa_embed.sources.open import local_path
+from cocoa_embed.sources.shard_files import is_below
 
 if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant.indexing.manifest import Manifest
@@ -73,7 +74,7 @@ class Pruning:
 
     def _covering(self, path: str, shards: Sequence[str]) -> list[int]:
         """Return the sources of an image: those that cover it, and the shard that holds it, which may be gone."""
-        held = {shard for shard in shards if path.startswith(f"{shard}#")}
+        held = {shard for shard in shards if is_in_shard(path, shard)}
         return [i for i, each in enumerate(self.sources) if each.covers(path) or storable(each.name) in held]
 
     def refusals(self, found: Counter[int]) -> dict[int, str]:
@@ -168,7 +169,7 @@ def forget(store: Store, manifest: Manifest, paths: Sequence[str | Path]) -> For
                 changes[id_] = Change(removed=removed)
                 deleted += removed == held
                 for shard in set(shards_of(payload)) - reopened:
-                    if any(path.startswith(f"{shard}#") for path in removed):
+                    if any(is_in_shard(path, shard) for path in removed):
                         manifest.reopen(shard)
                         reopened.add(shard)
         merger.merge(store, changes)
@@ -184,9 +185,9 @@ def absolute(path: str) -> str:
 def keys_of(path: str, shards: Sequence[str]) -> set[str]:
     """Return what names an image: its path, the folders and URLs above it, and those of these shards that hold it."""
     above = (path[: slash.start()] for slash in re.finditer("/", path))
-    return {path, *above, *(shard for shard in shards if path.startswith(f"{shard}#"))}
+    return {path, *above, *(shard for shard in shards if is_in_shard(path, shard))}
 
 
 def is_in(path: str, folder: str) -> bool:
     """Return whether a path is a folder or below it."""
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
+    return path == folder or is_below(path, folder)

@@ -27,7 +27,7 @@ from cocoa_embed.integrations.qdrant.indexing.merge import DESCRIPTION_KEYS, Cha
 from cocoa_embed.integrations.qdrant.indexing.prune import prune_deleted
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
 from cocoa_embed.integrations.qdrant.indexing.writer import Batch, Writer
-from cocoa_embed.integrations.qdrant.points import LOCATION_KEYS, Payload, is_same_json, stored_locations
+from cocoa_embed.integrations.qdrant.points import LOCATION_KEYS, Payload, is_in_shard, is_same_json, stored_locations
 from cocoa_embed.integrations.qdrant.stores.base import IMAGE, NewVector, Where
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Record, Shard, Source, storable
@@ -80,7 +80,7 @@ class ShardProgress:
     is_faulty: bool = False
     """Whether a record could not be read, so that the next run has to look again."""
     is_unpruned: bool = False
-    """Whether points may name what is in it no more, as it had some before and the run does not prune."""
+    """Whether points may name images that are no longer in it: it had points before, and the run does not prune."""
     has_stale_points: bool = False
     """Whether points of earlier contents name its records until the run has finished."""
 
@@ -226,7 +226,7 @@ class IndexRun:
         key = storable(shard)
         for id_, payload in self.store.scan(LOCATION_KEYS, Where("shard", [key])):
             for path in (each.path for each in stored_locations(payload)):
-                if path.startswith(f"{key}#") and path not in seen:
+                if is_in_shard(path, key) and path not in seen:
                     self._detach(id_, path, shard)
                     self.pruned += 1
 
@@ -238,10 +238,12 @@ class IndexRun:
         progress.in_flight -= count
         if progress.is_read and not progress.in_flight:
             del self._shards[shard]
+            if progress.is_faulty:
+                return
             complete = CompleteShard(progress.version, progress.records, 0, progress.is_unpruned)
-            if progress.has_stale_points and not progress.is_faulty:
+            if progress.has_stale_points:
                 self._complete_at_end[shard] = complete
-            elif not progress.is_faulty:
+            else:
                 self._remember(shard, complete)
 
     def _remember(self, key: str, shard: CompleteShard) -> None:

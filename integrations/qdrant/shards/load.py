@@ -11,7 +11,7 @@ from typing import NoReturn
 from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint
 from cocoa_embed.integrations.qdrant.indexing.merge import Merger
 from cocoa_embed.integrations.qdrant.indexing.writer import Writer
-from cocoa_embed.integrations.qdrant.points import shards_of, stored_locations
+from cocoa_embed.integrations.qdrant.points import is_in_shard, shards_of, stored_locations
 from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
 from cocoa_embed.integrations.qdrant.stores.base import Point
 from cocoa_embed.integrations.qdrant.stores.store import Store
@@ -95,7 +95,7 @@ def records_of(point: Point) -> list[Record]:
     shards = shards_of(payload)
     records: list[Record] = []
     for location in stored_locations(payload):
-        shard = next((shard for shard in shards if location.path.startswith(f"{shard}#")), None)
+        shard = next((shard for shard in shards if is_in_shard(location.path, shard)), None)
         is_first = not records
         text = {} if payload.get("caption") is None else {"text": payload["caption"]}
         records.append(
