@@ -42,9 +42,9 @@ from cocoa_embed.evaluation.significance import mean_intervals
 from cocoa_embed.model.backbone import load_backbone, read_config
 from cocoa_embed.report.tables import Score, Table, to_markdown
 from cocoa_embed.train import Recipe, run
+from cocoa_embed.train.stages.contrastive.inputs import preprocess_items
 from cocoa_embed.train.stages.contrastive.loss import mean_max_sim, prefixes
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer
-from cocoa_embed.train.stages.contrastive.patches import preprocess_items
 from cocoa_embed.train.stages.rendering import batched
 from shared.measuring import best_device, machine
 from shared.output import command_line, report

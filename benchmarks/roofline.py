@@ -147,8 +147,8 @@ def step(
     """
     alike, card = stage.alike(row), CARDS[where.card]
     meter = StageMeter(stage, *backbone, alike, card)
-    on_device, (config, processor) = stage.settings.batch_size // where.devices, backbone
-    shapes = [batch_shape(each) for each in stage.sequences(numbered([row])[0], processor, config)]
+    on_device = stage.settings.batch_size // where.devices
+    shapes = [batch_shape(each) for each in stage.sequences(numbered([row])[0], backbone[1])]
     chosen = fit_to_card(stage, meter, shapes, where.devices, card.memory * GB)
     at_once = [sequences or chosen.sequences(stage, where.devices, shape) for shape in shapes]
     mini_batches = [meter.mini_batch(place, count) for place, count in enumerate(at_once)]
@@ -226,7 +226,7 @@ def measure_plain() -> dict[str, Any]:
     for (name, adapter), (side, changes) in product(PLAIN.items(), SIDES.items()):
         with opened("qwen2-vl-2b", ["gradient_checkpointing=false", *adapter, *changes]) as (recipe, row, backbone):
             for key, stage in list(recipe.stages.items())[:2]:
-                batch = stage.sequences(numbered([row])[0], backbone[1], backbone[0])[0]
+                batch = stage.sequences(numbered([row])[0], backbone[1])[0]
                 useful = StepCost.of(backbone[0], stage.settings).of_shape(batch_shape(batch))
                 meter = (PlainMeter if side == "plain" else StageMeter)(stage, *backbone, [row], CARDS["h100"])
                 meter.cost(0, VARIANT_ROWS // 2)

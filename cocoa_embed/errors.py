@@ -2,12 +2,15 @@
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit
+
+Element = TypeVar("Element")
 
 
 class CocoaError(Exception):
@@ -31,12 +34,9 @@ class MissingExtraError(CocoaError):
 class SourceError(CocoaError):
     """A file, row or image of the user's cannot be used: ``source`` names it, ``reason`` says why."""
 
-    separator = ": "
-    """Between the two in the message."""
-
     def __init__(self, source: str, reason: str) -> None:
         """Join both parts to the message."""
-        super().__init__(f"{source}{self.separator}{reason}")
+        super().__init__(f"{source}: {reason}")
         self.source = source
         self.reason = reason
 
@@ -98,6 +98,14 @@ def one_line(error: BaseException) -> str:
     """Return an error's message on one printable line, or its class name if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def until_error(elements: Iterable[Element], errors: list[Exception]) -> Iterator[Element]:
+    """Yield elements up to the first error, and append it to ``errors``; the caller raises it after these elements."""
+    try:
+        yield from elements
+    except Exception as error:  # noqa: BLE001 - file systems and decoders raise nearly anything
+        errors.append(error)
 
 
 def is_valid_unicode(text: str) -> bool:

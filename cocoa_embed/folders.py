@@ -1,4 +1,4 @@
-"""The cache; claim output folders, refuse folders that hold something else, and write files atomically."""
+"""The cache folder, output folders that overwrite nothing else, and files that are written atomically."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ SCRATCH_SUFFIX = ".new"
 
 
 def cache_folder() -> Path:
-    """Return the folder of what need not be found out again, which may not exist.
+    """Return the folder of what is kept from run to run; it may not exist.
 
     It is ``$COCOA_CACHE``, by default ``~/.cache/cocoa-embed``.
     """

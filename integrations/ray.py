@@ -13,11 +13,12 @@ from typing import Any
 from cocoa_embed.encode.devices import open_encoder
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, UsageError, one_line, require
-from cocoa_embed.integrations.qdrant.shards.embed import EmbedSummary, Part, embed_part, sign
+from cocoa_embed.integrations.qdrant.shards.embed import EmbedSummary, Part, embed_part
 from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
+from cocoa_embed.integrations.qdrant.stores.base import signature_of
 
 MOST_BLOCKS = 4096
-"""Blocks of a Ray data set; what an actor's end repeats is at most one."""
+"""Blocks of a Ray data set; when an actor ends, at most one is embedded again."""
 
 
 class Embedder:
@@ -31,7 +32,7 @@ class Embedder:
         """Load the model onto the actor's device."""
         self.folder = folder
         self.encoder = load_encoder(model, **options)
-        sign(folder, self.encoder)
+        folder.sign(signature_of(self.encoder, folder.embed))
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
         """Embed parts, pickled in the column ``part``; return their summaries in the column ``summary``."""
@@ -65,7 +66,7 @@ def embed_on_ray(
     every = list(planned)
     waiting = [{"part": pickle.dumps(each)} for each in every if isinstance(each, Part)]
     if not waiting:  # no actor compares the model with that of the folder
-        sign(folder, open_encoder(model, **given))
+        folder.sign(signature_of(open_encoder(model, **given), folder.embed))
     yield from (each for each in every if isinstance(each, EmbedSummary))
     if not waiting:
         return

@@ -115,10 +115,10 @@ def held_out_rows(checkpoint: Path) -> tuple[str, list[Row], list[str]]:
         raise CocoaError(
             f"The data of stage {stage} of {printable(run)} cannot be read ({one_line(error)}); give --data FOLDER."
         ) from error
-    if read.fingerprint != entry["fingerprint"]:
+    if read.rows.fingerprint != entry["fingerprint"]:
         raise CocoaError(
             f"The rows of stage {stage} have changed since the run in {printable(run)} (then {entry['rows']}, now "
-            f"{read.counts}), so the rows that it held out are unknown; give --data FOLDER."
+            f"{read.rows.counts}), so the rows that it held out are unknown; give --data FOLDER."
         )
     rows = read.rows.select(entry["held_out"]["rows"])
     return stage, unbroken(rows, recipe.data_of(stage).on_bad_row), entry["held_out"]["seen_by"]

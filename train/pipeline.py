@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
+from transformers import ProcessorMixin, Trainer, set_seed
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.backbone import Backbone, load_backbone, load_processor
@@ -38,7 +38,7 @@ from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
 from cocoa_embed.train.plan.checks import CHECKPOINTS, Prepared, prepare
 from cocoa_embed.train.plan.cost import StepCost, measure_matmul_flops
 from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.settings import RunSettings, StageSettings
+from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages.rendering import joined, render_items
 from cocoa_embed.train.stages.samples import stage_samples
 from cocoa_embed.train.stages.stage import Stage
@@ -87,9 +87,9 @@ def _run_stage(
     rows = prepared.rows[name].rows
     held_out, _ = stage.held_out(rows)
     with taking_turns():  # the host has room for the weights of one process, until they are on its device
-        backbone = load_weights(stage.run, str(before[-1].folder) if before else recipe.backbone, stage.attention())
+        backbone = load_weights(stage, str(before[-1].folder) if before else recipe.backbone)
         processor = backbone.processor
-        context = stage_context(stage, prepared, backbone.model, processor, checkpoints)
+        context = stage_context(stage, prepared, backbone, checkpoints)
         trainer = stage.trainer(backbone, rows, context)
         del backbone  # of which the trainer may not need the head
         trim_memory()
@@ -122,17 +122,15 @@ def _run_stage(
     return result
 
 
-def load_weights(run: RunSettings, start: str, attention: str) -> Backbone:
-    """Load the backbone that a stage starts from, by folder or by name.
-
-    :param run: As the stage has it.
-    """
+def load_weights(stage: Stage[StageSettings], start: str) -> Backbone:
+    """Load the backbone that a stage starts from, by folder or by name."""
+    run, attention = stage.run, stage.attention()
     set_seed(run.seed)  # a mask token that needs a wider embedding matrix is drawn
     backbone = load_backbone(start, attn_implementation=attention, bidirectional=run.bidirectional, **run.limits)
     if start != run.backbone:  # an earlier stage may have scaled images further down
         backbone = replace(backbone, processor=load_processor(run.backbone, **run.limits))
     if run.gradient_checkpointing is True:
-        backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(backbone.model, on=True)
     return backbone
 
 
@@ -143,26 +141,22 @@ def choose_sizes(stage: Stage[StageSettings], trainer: CocoaTrainer, rows: RowTa
     """
     recompute = stage.run.gradient_checkpointing
     if trainer.is_fsdp_enabled and recompute == "auto":
-        recompute_activations(trainer, on=True)
+        recompute_activations(trainer.model, on=True)
     elif trainer.accelerator.device.type != "cpu" and not trainer.is_fsdp_enabled:
         fit_to_memory(trainer, stage.trials(trainer, rows), recompute)
 
 
 def stage_context(
-    stage: Stage[StageSettings],
-    prepared: Prepared,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    checkpoints: Path,
+    stage: Stage[StageSettings], prepared: Prepared, backbone: Backbone, checkpoints: Path
 ) -> StageContext:
     """Return the arguments of a stage's trainer that come from the run."""
-    recipe, layers = prepared.recipe, sorted(model._no_split_modules or ())
+    recipe, layers = prepared.recipe, sorted(backbone.model._no_split_modules or ())
     dtype = torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float32
     return StageContext(
         arguments=stage.arguments(steps=prepared.steps[stage.name], folder=checkpoints, layers=layers),
-        lengths_of=partial(row_lengths, processor=processor, sizes=prepared.rows[stage.name].sizes),
+        lengths_of=partial(row_lengths, processor=backbone.processor, sizes=prepared.rows[stage.name].sizes),
         on_bad_row=recipe.data_of(stage.name).on_bad_row,
-        flops_of=StepCost.of(model.config, stage.settings),
+        flops_of=StepCost.of(backbone.model.config, stage.settings),
         peak_flops=measure_matmul_flops(torch.device(str(PartialState().device)), dtype),
         memory_remedy=stage.memory_remedy(),
         checkpoint_facts={"stage": stage.name, "recipe": recipe.model_dump(mode="json")},

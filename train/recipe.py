@@ -89,12 +89,12 @@ class Recipe(RunSettings):
     @property
     def stages(self) -> "dict[str, Stage[StageSettings]]":
         """The stages that the recipe runs by their keys, in their order."""
-        given = {key: settings for key in self.registry() if (settings := getattr(self, key)) is not None}
-        own = {key: {"max_pixels": settings.max_pixels or self.max_pixels} for key, settings in given.items()}
-        return {
-            key: resolve_name(self.registry()[key])(key, settings, self.model_copy(update=own[key]))
-            for key, settings in given.items()
-        }
+        stages = {}
+        for key, place in self.registry().items():
+            if (settings := getattr(self, key)) is not None:
+                run = self.model_copy(update={"max_pixels": settings.max_pixels or self.max_pixels})
+                stages[key] = resolve_name(place)(key, settings, run)
+        return stages
 
     def data_of(self, stage: str) -> DataSettings:
         """Return the data of a stage: its own settings over the recipe's."""

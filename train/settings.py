@@ -21,11 +21,13 @@ Ratio = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
 
 Auto: TypeAlias = Literal["auto"]
 """Chosen by the memory of the device when a stage begins."""
 
 Pooling: TypeAlias = Literal["eos", "mean"]
+OnBadRow: TypeAlias = Literal["stop", "skip"]
 
 APath = TypeVar("APath", Path, str, None)
 
@@ -133,7 +135,7 @@ class DataSettings(SourceSettings):
 
     subsets: dict[str, SourceSettings] | None = None
     max_rows: Positive | None = None
-    on_bad_row: Literal["stop", "skip"] = "stop"
+    on_bad_row: OnBadRow = "stop"
 
 
 class AdapterSettings(Settings):
@@ -181,18 +183,13 @@ class StageSettings(Settings):
     max_pixels: Positive | None = None
     learning_rate: Rate = 2e-5
     warmup_steps: Count = 100
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Weight = 0.0
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     schedule: Literal["linear", "cosine", "constant_with_warmup", "warmup_stable_decay"] = "linear"
     logging_steps: Positive = 10
     save_steps: Positive = 500
     save_minutes: Rate | None = 10
     snapshot_steps: tuple[Positive, ...] = ()
-
-    @property
-    def adapts_vision(self) -> bool:
-        """Whether the stage has an adapter in the vision encoder."""
-        return self.adapter is not None and not self.freeze_vision
 
     def sizes_at_once(self, rows: int) -> list[int]:
         """Return how many of a device's ``rows`` of a step may make a micro-batch, the largest first."""
@@ -242,7 +239,7 @@ class PromptSettings(Settings):
 
 
 class RunSettings(Settings):
-    """The settings of a run beside those of its stages.
+    """The settings of a run, without those of its stages.
 
     A run whose ``backbone`` is a checkpoint of an earlier run inherits ``prompts``, ``max_length``, ``max_pixels``,
     ``bidirectional``, ``pooling`` and ``eos_tokens`` from it, where they are not given.
@@ -269,7 +266,7 @@ class RunSettings(Settings):
     :param sharding: ``fsdp2`` shards weights, gradients and optimiser states over the devices, in stages that allow it.
     :param workers: Processes per device that read and preprocess rows; by default the free cores, at most 8, and none
         without an accelerator.
-    :param report_to: Where log lines go, beside the run's own log.
+    :param report_to: Where log lines go, besides the run's own log.
     :param max_length: The most tokens of a sequence.
     :param max_pixels: Larger images are scaled down to this; by default the backbone's own limit.
     """

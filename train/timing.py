@@ -56,8 +56,8 @@ def _time(stage: Stage[StageSettings], prepared: Prepared, start: str, folder: P
     steps = {**prepared.steps, stage.name: 1 + TIMED_STEPS}
     rows = prepared.rows[stage.name].rows
     with taking_turns():
-        backbone = load_weights(stage.run, start, stage.attention())
-        context = stage_context(stage, replace(prepared, steps=steps), backbone.model, backbone.processor, folder)
+        backbone = load_weights(stage, start)
+        context = stage_context(stage, replace(prepared, steps=steps), backbone, folder)
         context = replace(context, arguments={**context.arguments, "save_strategy": "no", "report_to": "none"})
         trainer, watch = stage.trainer(backbone, rows, context), Stopwatch()
     choose_sizes(stage, trainer, rows)

@@ -113,8 +113,7 @@ def build(
         return model, lambda batches: loss(batches, None)
     warmup = WarmupSettings(steps=1, batch_size=1, mae_weight=MAE_WEIGHT)
     with device:
-        is_bridge, geometry = options.stage == "bridge", family_of(config).geometry
-        stage = BridgeModel(model) if is_bridge else WarmupModel(model, geometry, warmup)
+        stage = BridgeModel(model) if options.stage == "bridge" else WarmupModel(model, warmup)
     runs = stage if is_ours else PlainModel(stage)
     return stage, lambda batches: runs(**batches[0])["loss"]
 

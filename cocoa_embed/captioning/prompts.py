@@ -23,7 +23,7 @@ MARK = re.compile(rf"^{_SIGNS}(?:Q(?:uestion)?|(?P<answer>A(?:nswer)?)){_SIGNS}?
 It stays in its line: an answer may be thousands of line ends.
 """
 
-WHOLE_SENTENCES = re.compile(r".*(?:[.!?](?=\s)|[。！？])|", re.DOTALL)
+WHOLE_SENTENCES = re.compile(r".*(?:[.!?](?=\s)|[。！？])", re.DOTALL)
 
 
 class Request(NamedTuple):
@@ -105,7 +105,11 @@ class Prompts(BaseModel):
         return cls.model_validate_json((files("cocoa_embed.captioning") / "prompts.json").read_text("utf-8"))
 
     def requests(self, wordings: int, questions: int, label: str | None, are_followed: bool) -> list[Request]:
-        """Return what is asked about an image; wordings beyond the prompts, or if they are not followed, are drawn."""
+        """Return what is asked about an image; answers are drawn for wordings beyond the prompts.
+
+        :param label: A text of the image that is to be replaced.
+        :param are_followed: If false, the first prompt stands for all.
+        """
         before = "" if label is None else self.label.format(label=valid_unicode(label))
         prompts = [*self.captions.items()][: None if are_followed else 1]
         wanted = [Request(*prompts[i % len(prompts)], is_drawn=i >= len(prompts)) for i in range(wordings)]

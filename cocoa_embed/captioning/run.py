@@ -41,7 +41,7 @@ FAILURES_IN_A_ROW = 8
 class Picture(NamedTuple):
     """An image: its path from the output folder, and the longest text that its own folder has of it, if any.
 
-    :param rows: Its rows in the metadata there, and the texts' file.
+    :param rows: Its rows in the metadata of that folder, each with the file that the text is from.
     :param state: Size, mtime, text and settings; an entry with another state is not used.
     """
 

@@ -39,15 +39,13 @@ def embed(
     ] = None,
     devices: options.Devices,
     loading: options.Loading,
-    allow_host: options.AllowHostOption = None,
-    exclude: options.ExcludeOption = None,
-    other_files: options.OtherFiles,
+    given: options.Sources,
 ) -> dict[str, Any]:
     """Embed images into Parquet files, for `cocoa-embed load`. What is there already is not embedded again."""
     from cocoa_embed.model.loading import check_model
 
     settings = {**devices.arguments(), **vars(loading), "dimension": dimension}
-    wanted = other_files.source_options(allow_host, exclude)
+    wanted = given.options()
     (number, count), *_ = check_all(
         partial(read_share, shard), *source_checks(sources, wanted), lambda: check_model(model), partial(check_out, out)
     )

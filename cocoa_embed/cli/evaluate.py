@@ -16,6 +16,7 @@ from cocoa_embed.cli.options import DeviceOption, MaxPixelsOption, ModelOption
 from cocoa_embed.cli.output import check_all, say, silence_libraries, working
 from cocoa_embed.data import CaptionChoice
 from cocoa_embed.errors import CocoaError, UsageError, require
+from cocoa_embed.evaluation import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from cocoa_embed.report.tables import Table
@@ -24,8 +25,6 @@ SHOWN_DIGITS = 8
 """Hexadecimal digits of a fingerprint in the name of a folder."""
 
 BatchTokensOption = Annotated[int, typer.Option("--batch-tokens", min=1, help="About the most tokens of a batch.")]
-BATCH_TOKENS = 16384
-PAIR_COLUMNS = ("query_text", "query_image", "positive_text", "positive_image")
 
 
 def mmeb(
@@ -112,7 +111,8 @@ def pairs(
         from cocoa_embed.evaluation.pairs_reader import read_pairs
         from cocoa_embed.model.loading import check_model
 
-        columns = dict(zip(PAIR_COLUMNS, (query_text, query_image, positive_text, positive_image), strict=True))
+        columns = {"query_text": query_text, "query_image": query_image}
+        columns |= {"positive_text": positive_text, "positive_image": positive_image}
         source = {"path": str(data.absolute()), "images": images and str(images.absolute()), "columns": columns}
         found, *_ = check_all(
             partial(read_pairs, data, images, {part: name for part, name in columns.items() if name}, captions),

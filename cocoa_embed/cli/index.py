@@ -41,21 +41,19 @@ def index(
         bool, typer.Option("--llama-index", help="Also store what LlamaIndex's QdrantVectorStore reads.")
     ] = False,
     embed: options.EmbedOption = None,
-    exclude: options.ExcludeOption = None,
     thumbnails: Annotated[Path | None, typer.Option(help="A folder for small copies of the images.")] = None,
     dimension: options.DimensionOption = None,
     backend: Backend,
     devices: options.Devices,
     loading: options.Loading,
-    allow_host: options.AllowHostOption = None,
-    other_files: options.OtherFiles,
+    given: options.Sources,
 ) -> dict[str, Any]:
     """Embed images and store them in Qdrant. Unchanged files are skipped by size and mtime."""
     from cocoa_embed.integrations.qdrant.indexing.thumbnails import check_folder
     from cocoa_embed.model.loading import check_model
 
     settings = {"dimension": dimension, "embed": embed, **vars(backend), **devices.arguments(), **vars(loading)}
-    sources = other_files.source_options(allow_host, exclude)
+    sources = given.options()
     check_all(
         *storage_checks(collection, storage, backend),
         *([] if prune or prune_all else source_checks(paths, sources)),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from cocoa_embed.model.loading import Dtype
 
 if TYPE_CHECKING:
     from cocoa_embed.sources.base import SourceOptions
@@ -21,14 +23,6 @@ EmbedOption = Annotated[
     Literal["image", "image+caption", "both"] | None,
     typer.Option(help="Embed the image, with its caption in one vector, or each in its own [default: image]."),
 ]
-AllowHostOption = Annotated[
-    list[str] | None, typer.Option("--allow-host", help="Fetch web addresses on this host; repeatable.")
-]
-ExcludeOption = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN", help="Pass over files and folders, as in .gitignore (repeatable)."),
-]
-Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +47,12 @@ class Devices:
 
         :raises UsageError: If a list of devices names none.
         """
-        is_list = self.devices is not None and "," in self.devices
-        if self.devices is not None and is_list:
+        given = self.devices or ""
+        if "," in given:
             from cocoa_embed.encode.devices import read_devices
 
-            read_devices(self.devices)
-        name = "devices" if is_list or self.devices == "all" else "device"
+            read_devices(given)
+        name = "devices" if "," in given or given == "all" else "device"
         return {name: self.devices, "workers": self.workers, "batch_tokens": self.batch_tokens}
 
 
@@ -75,18 +69,25 @@ class Loading:
 
 
 @dataclass(frozen=True)
-class OtherFiles:
-    """What sources give beside photographs."""
+class Sources:
+    """Which files and addresses are read."""
 
+    allow_host: Annotated[
+        list[str] | None, typer.Option("--allow-host", help="Fetch web addresses on this host; repeatable.")
+    ] = None
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Pass over files and folders, as in .gitignore (repeatable)."),
+    ] = None
     every: Annotated[float, typer.Option(min=0.001, help="Seconds between two frames of a video.")] = 10.0
     include: Annotated[
         str, typer.Option(help="Other files that folders give beside photographs: archive,table,pdf,video.")
     ] = ""
 
-    def source_options(self, allow_host: list[str] | None, exclude: list[str] | None) -> SourceOptions:
+    def options(self) -> SourceOptions:
         """Return the options of sources."""
         from cocoa_embed.sources.base import SourceOptions
 
         kinds = frozenset(kind for each in self.include.split(",") if (kind := each.strip()))
-        hosts, patterns = tuple(allow_host or ()), tuple(exclude or ())
+        hosts, patterns = tuple(self.allow_host or ()), tuple(self.exclude or ())
         return SourceOptions(allowed_hosts=hosts, every=self.every, include=kinds, exclude=patterns)

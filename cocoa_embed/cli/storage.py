@@ -41,7 +41,7 @@ class Location:
     edge: Annotated[Path | None, typer.Option(help="A Qdrant Edge folder, instead of --path; for many images.")] = None
 
     def given(self) -> dict[str, Any]:
-        """Return the options that are given, or the default."""
+        """Return the options that are given."""
         places = {"path": self.path, "url": self.url, "edge": self.edge}
         return {name: place for name, place in places.items() if place is not None}
 

@@ -23,6 +23,7 @@ from cocoa_embed.data.places import Place, open_binary, reading
 from cocoa_embed.data.rows import ArrowImage
 from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images.load import check_size
+from cocoa_embed.images.urls import is_web
 
 ROWS_AT_ONCE = 256
 """Rows that are converted to Python values together."""
@@ -46,8 +47,7 @@ class ArrowTable:
     :param name: Its name in error messages and in the names of its images; tables of the same name are equal.
     :param dataset: In the format ``arrow``, which decodes nothing.
     :param origin: What ``reopen`` opens it by.
-    :param images: Columns of images that have a column ``image`` beside them: in each row, the first of them that is
-        not null.
+    :param images: Columns of images that make a further column ``image``: in each row, the first that is not null.
     """
 
     name: str
@@ -172,7 +172,7 @@ def open_shards(paths: Sequence[Place]) -> ArrowTable:
 
 
 def _with_one_image(table: ArrowTable) -> ArrowTable:
-    """Return shards without the columns of images that are empty, and with ``image`` for several of the others."""
+    """Return shards without empty columns of images, and with a column ``image`` unless only a usual one is left."""
     suffixes = [column for column in table.columns if column in WebDataset.IMAGE_EXTENSIONS]
     empty = [suffix for suffix in suffixes if table.dataset.data.column(suffix).null_count == len(table)]
     used = [suffix for suffix in dict.fromkeys((*SHARD_IMAGES, *suffixes)) if suffix in {*suffixes} - {*empty}]
@@ -182,7 +182,7 @@ def _with_one_image(table: ArrowTable) -> ArrowTable:
 
 
 def _shard_features(shard: Place) -> datasets.Features | None:
-    """Return columns of texts and of images, as the beginning of a shard and others have them; None if it has more.
+    """Return the columns of a shard of images and texts, and all usual ones of images; None if it has other files.
 
     Without them, ``datasets`` refuses all shards where one of the first samples lacks a file.
     """
@@ -198,10 +198,9 @@ def _shard_features(shard: Place) -> datasets.Features | None:
 
 
 def _open_files(builder: str, paths: Sequence[Place], features: datasets.Features | None = None) -> ArrowTable:
-    """Open files by a builder of ``datasets``."""
     files = [str(path.absolute() if isinstance(path, Path) else path) for path in paths]
     # It takes names for patterns, but on the web, where a question mark is none.
-    files = [file if file.startswith(("http://", "https://")) else glob.escape(file) for file in files]
+    files = [file if is_web(file) else glob.escape(file) for file in files]
     dataset = _load(builder, data_files=files, split="train", features=features)
     return ArrowTable(printable(paths[0]), dataset.with_format("arrow"), (builder, *map(str, paths)))
 

@@ -266,7 +266,7 @@ def _text_names(folder: Path) -> dict[str, str]:
 
 
 def read_text(path: Path) -> str | None:
-    """Read the caption in a text file beside an image; None if it has no words, as the boxes of an object detector.
+    """Read the caption in a text file beside an image; None if it has no letters, as an object detector's boxes.
 
     :raises RowError: If it cannot be read, is too large, or is not UTF-8.
     """

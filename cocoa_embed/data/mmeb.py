@@ -89,8 +89,6 @@ def without_image_token(text: str, has_image: bool, source: str) -> str:
     return IMAGE_TOKEN.sub(" ", text).strip()
 
 
-_QUESTION = "Represent the given image with the following question: {}"
-
 _QUERIES = {
     "ImageNet-1K": ("Represent the given image for classification",),
     "N24News": ("Represent the given news image with the following caption for domain classification: {}",),
@@ -99,7 +97,7 @@ _QUERIES = {
     ),
     "VOC2007": ("Identify the object shown in the image",),
     "SUN397": ("Identify the scene shown in the image",),
-    **dict.fromkeys(_NAMES["VQA", True].split(), (_QUESTION,)),
+    **dict.fromkeys(_NAMES["VQA", True].split(), ("Represent the given image with the following question: {}",)),
     "VisDial": ("Represent the given dialogue about an image, which is used for image retrieval: {}",),
     "CIRR": ("Given an image, find a similar everyday image with the described changes: {}",),
     "VisualNews_t2i": ("Retrieve an image of this news caption. {}",),

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TextIO, TypeAlias
 
 from cocoa_embed.errors import CocoaError, one_line, printable, require
+from cocoa_embed.images.urls import is_web
 
 Place: TypeAlias = Path | str
 """A local file, or the address of a remote one (``s3://bucket/rows.csv``)."""
@@ -37,11 +38,10 @@ def reading(place: Place) -> Iterator[None]:
 
 def open_binary(place: Place) -> BinaryIO:
     """Open a file."""
-    file: BinaryIO = (
-        place.open("rb")
-        if isinstance(place, Path)
-        else require("fsspec", "tables").open(place, "rb", **_options(place)).open()
-    )
+    if isinstance(place, Path):
+        return place.open("rb")
+    system, path = file_system(place)
+    file: BinaryIO = system.open(path, "rb")
     return file
 
 
@@ -83,8 +83,8 @@ def version_of(place: Place) -> tuple[str, ...]:
             found = os.stat(place)
             return str(place.absolute()), str(found.st_size), str(found.st_mtime_ns)
         system, path = file_system(place)
-        is_web = place.startswith(("http://", "https://"))  # whose key is the address alone
-        return place, str(system.info(path)) if is_web else system.ukey(path)
+        # Over http, the file system's key is that of the address alone.
+        return place, str(system.info(path)) if is_web(place) else system.ukey(path)
 
 
 def modified_at(place: Place) -> float:
@@ -132,7 +132,7 @@ def file_system(address: str) -> tuple[Any, str]:
 
 def _options(place: str) -> dict[str, Any]:
     """Return the options of a file system: over http, a limit for a server that does not answer."""
-    if not place.startswith(("http://", "https://")):
+    if not is_web(place):
         return {}
     timeout = require("aiohttp", "train").ClientTimeout(sock_connect=ANSWER_SECONDS, sock_read=ANSWER_SECONDS)
     return {"client_kwargs": {"timeout": timeout}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -108,12 +107,12 @@ class Item:
         """Return the item with the paths of its images relative to ``folder``."""
         return replace(self, images=tuple(folder / i if isinstance(i, Path) else i for i in self.images))
 
-    def load(self, load_image: Callable[[ItemImage], Image.Image] = load_item_image) -> dict[str, Any]:
+    def load(self) -> dict[str, Any]:
         """Return what a SentenceTransformer takes as input, with images decoded: one image as it is, several in a list.
 
         :raises ImageError: If an image cannot be used.
         """
-        images = [load_image(image) for image in self.images]
+        images = list(map(load_item_image, self.images))
         loaded: dict[str, Any] = {"image": images[0] if len(images) == 1 else images} if images else {}
         return loaded if self.full_text is None else {**loaded, "text": self.full_text}
 

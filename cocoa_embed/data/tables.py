@@ -70,8 +70,6 @@ def find_files(pattern: str, kind: str = f"{TABLE_SUFFIXES} file") -> list[Place
     """
     if "://" in pattern:
         found: list[Place] = [*remote_places(pattern)]
-    elif Path(pattern).is_file():
-        found = [Path(pattern)]
     else:
         found = [path for path in match_pattern(Path(pattern)) if path.is_file()]
     if not found:
@@ -195,5 +193,5 @@ def _parse_list(cell: str) -> object:
         return cell or None
     try:
         return json.loads(cell)
-    except ValueError:
+    except (ValueError, RecursionError):
         return cell

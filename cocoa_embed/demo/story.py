@@ -105,7 +105,7 @@ class Demo:
         for note in notes if self.photos else ():
             console.print(note, markup=False, highlight=False)
         for label, written in {"model": self.out, "report": self.work / "report.html"}.items():
-            console.print(f"{label:8} {written}", soft_wrap=True, markup=False, highlight=False)
+            console.out(f"{label:8} {written}", highlight=False)
         minutes, memory = meter.seconds["total"] / 60, meter.peak_memory_bytes["total"] / 2**30
         console.print(f"{minutes:.1f} minutes, at most {memory:.1f} GiB of memory")
         return results
@@ -116,7 +116,7 @@ class Demo:
         if self.photos is not None:
             counts, faults = split_photographs(self.photos, self.captions, data)
             for fault in faults:
-                console.print(f"left out: {fault}", soft_wrap=True, markup=False, highlight=False)
+                console.out(f"left out: {fault}", highlight=False)
             return replace(self, training_images=counts["train"], held_out_images=counts["held-out"])
         write_image_folder(data / "train", "train", self.training_images, self.seed)
         write_image_folder(data / "held-out", "held-out", self.held_out_images, self.seed)

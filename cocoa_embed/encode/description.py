@@ -1,6 +1,6 @@
 """What an index has to know of a model, remembered in the cache by the state of the model's files.
 
-Who only needs to know whether a model is the one that made a collection need not load it, nor torch.
+So a model that made a collection is recognized without loading it, and without importing torch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from cocoa_embed.folders import cache_folder, write_atomically
 from cocoa_embed.model import fingerprint, loading
 
 ADAPTER_FILE = "adapter_config.json"
-"""In a folder whose weights are partly elsewhere."""
+"""The file in a folder whose weights are partly elsewhere."""
 
 HARMLESS = ("workers", "batch_tokens")
-"""Options of ``load_encoder`` that change nothing of a description."""
+"""The options of ``load_encoder`` that do not change the description."""
 
 SOFTWARE = ("sentence-transformers", "transformers")
-"""The packages that may describe the same files otherwise in another version."""
+"""The packages whose other versions may make another description of the same files."""
 
 
 class Description(NamedTuple):
@@ -78,9 +78,8 @@ def remembered_in(model: str | Path, options: Mapping[str, Any]) -> Path | None:
     entries = sorted(folder.rglob("*"))  # which does not enter linked folders
     if any(entry.name == ADAPTER_FILE or (entry.is_symlink() and entry.is_dir()) for entry in entries):
         return None
-    files = [entry for entry in entries if entry.is_file()]
-    if folder is not local:  # a snapshot never changes, but may get more files when the model is loaded
-        files = []
+    # A snapshot of the hub never changes, but may get more files when the model is loaded.
+    files = [entry for entry in entries if entry.is_file()] if folder is local else []
     parts: list[object] = [str(folder.resolve()), given, [version(name) for name in SOFTWARE]]
     parts += states(*files, Path(fingerprint.__file__))
     return cache_folder() / "models" / f"{hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()}.json"

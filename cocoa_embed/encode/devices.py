@@ -26,7 +26,7 @@ from cocoa_embed.encode.jobs import CaptionedImage, EmbeddedImage, StreamSource
 from cocoa_embed.encode.lazy import DeferredEncoder, LazyEncoder, Wanted
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.encode.read_ahead import read_ahead
-from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line
+from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line, until_error
 
 LANES = 2
 """Chunks that a process works on at once, so that one is prepared while the model embeds the other."""
@@ -105,9 +105,10 @@ class Processes:
         for lane in self.lanes:
             self._free.put(lane)
 
-    def ask(self, method: str, wanted: Wanted, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:  # noqa: ANN401
+    def ask(self, method: str, wanted: Wanted, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
         """Return what a method of a process's encoder returns; wait for a process that is free.
 
+        :param wanted: The shape of the embeddings.
         :raises CocoaError: If the process has ended, or the method raises an error.
         """
         lane = self._free.get()
@@ -149,11 +150,11 @@ class DeviceEncoder(DeferredEncoder):
 
     def embed_queries(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed queries as ``Encoder.embed_queries`` does, on one of the devices."""
-        return np.asarray(self.processes.ask("embed_queries", self._wanted, (list(inputs), batch_size), {}))
+        return np.asarray(self.processes.ask("embed_queries", self._wanted, list(inputs), batch_size))
 
     def embed_documents(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed documents as ``Encoder.embed_documents`` does, on one of the devices."""
-        return np.asarray(self.processes.ask("embed_documents", self._wanted, (list(inputs), batch_size), {}))
+        return np.asarray(self.processes.ask("embed_documents", self._wanted, list(inputs), batch_size))
 
     def stream_images(
         self, images: Iterable[tuple[Key, StreamSource]], *, batch_size: int = 32, **options: Any
@@ -166,23 +167,15 @@ class DeviceEncoder(DeferredEncoder):
         """
         self.require_images()
         processes = self.processes
-        options["batch_size"] = batch_size
 
         def embed(chunk: list[tuple[Key, StreamSource]]) -> list[EmbeddedImage | ImageError]:
             named = [(str(key), source) for key, source in chunk]
             answers: list[EmbeddedImage | ImageError]
-            answers = processes.ask("stream_images", self._wanted, (named,), options)
+            answers = processes.ask("stream_images", self._wanted, named, batch_size=batch_size, **options)
             return answers
 
         errors: list[Exception] = []
-
-        def given() -> Iterator[tuple[Key, StreamSource]]:
-            try:
-                yield from images
-            except Exception as error:  # noqa: BLE001 - raised below
-                errors.append(error)
-
-        lanes, chunks = len(processes.lanes), cut(given(), CHUNK_BATCHES * batch_size)
+        lanes, chunks = len(processes.lanes), cut(until_error(images, errors), CHUNK_BATCHES * batch_size)
         with closing(read_ahead(embed, chunks, workers=lanes, ahead=lanes)) as embedded:
             try:
                 for chunk, outcomes in embedded:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Key = TypeVar("Key")
 
 BATCH_TOKENS = 8192
-"""The most visual tokens in a batch, if nobody sets another number."""
+"""The most visual tokens in a batch, by default."""
 
 
 def require_unicode(text: str) -> None:
@@ -71,9 +71,9 @@ def make_input(text: str | None = None, image: ImageSource | None = None) -> Mod
 
 
 def check_dimension(name: str, dimension: int, most: int) -> None:
-    """Refuse to truncate embeddings of ``most`` dimensions to more than these, or to none.
+    """Check that embeddings of ``most`` dimensions can be truncated to ``dimension``.
 
-    :raises UsageError: If that is what ``dimension`` means.
+    :raises UsageError: If they cannot.
     """
     if not 1 <= dimension <= most:
         raise UsageError(f"{name} has embeddings of {most} dimensions, not of {dimension}; give 1 to {most}")
@@ -82,7 +82,7 @@ def check_dimension(name: str, dimension: int, most: int) -> None:
 class Encoder:
     """A model that several threads may share; it embeds one batch at a time.
 
-    Of a model of several vectors it gives the first, until ``truncate`` asks for more.
+    With a model of several vectors, it returns the first of each input; ``truncate`` returns an encoder with more.
     """
 
     _vectors = 1

@@ -1,4 +1,4 @@
-"""Encoders that load their model at first use, and know its fingerprint and dimension before."""
+"""Encoders that load their model at first use, and know its fingerprint and dimension without it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Wanted: TypeAlias = "tuple[int | None, int]"
 class DeferredEncoder(Encoder):
     """An encoder whose model is loaded at first use, by this process or by others.
 
-    Neither of ``fingerprint``, ``dimension`` and ``require_images`` is a use, if the model was described before.
+    ``fingerprint``, ``dimension`` and ``require_images`` do not load a model that was described before.
     """
 
     def __init__(

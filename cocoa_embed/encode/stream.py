@@ -32,7 +32,7 @@ from cocoa_embed.encode.jobs import (
     measure,
 )
 from cocoa_embed.encode.read_ahead import read_ahead
-from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
+from cocoa_embed.errors import CocoaError, ImageError, one_line, printable, until_error
 
 MAX_WORKERS = 12
 CORES_PER_WORKER = 4
@@ -71,16 +71,19 @@ class ImageStream:
     """The longest side of thumbnails, in pixels; None for no thumbnails."""
     _unfinished: deque[ImageJob] = field(default_factory=deque, init=False)
     _launched: deque[tuple[list[ImageJob], Fetch]] = field(default_factory=deque, init=False)
-    _input_error: Exception | None = field(default=None, init=False)
+    _input_errors: list[Exception] = field(default_factory=list, init=False)
 
     def run(self) -> Iterator[tuple[Any, EmbeddedImage | ImageError]]:
         """Yield each key with its embedding, or with the error of an image that cannot be used.
 
+        An error of the input is raised after all images before it.
+
         :raises CocoaError: If the device is lost.
         """
         with ExitStack() as stack:
+            jobs_in_order = until_error(self._jobs(), self._input_errors)
             measured = read_ahead(
-                lambda job: measure(job, self.model.count_tokens), self._jobs(), ahead=2 * self.batch_size
+                lambda job: measure(job, self.model.count_tokens), jobs_in_order, ahead=2 * self.batch_size
             )
             batches = self._batches(stack.enter_context(closing(measured)))
             prepared = read_ahead(
@@ -91,20 +94,17 @@ class ImageStream:
                 yield from self._finished()
             self._fetch(0)
             yield from self._finished()
-        if self._input_error is not None:
-            raise self._input_error
+        for error in self._input_errors:
+            raise error
 
     def _jobs(self) -> Iterator[ImageJob]:
-        """Yield the images of the input as jobs; an error of the input is raised after all of them are embedded."""
-        try:
-            for key, source in self.images:
-                name = printable(source if isinstance(source, str | Path) else str(key))
-                image, text = source if isinstance(source, CaptionedImage) else (source, None)
-                job = ImageJob(key, name, image, text)
-                self._unfinished.append(job)
-                yield job
-        except Exception as error:  # noqa: BLE001 - `run` raises it
-            self._input_error = error
+        """Yield the images of the input as jobs."""
+        for key, source in self.images:
+            name = printable(source if isinstance(source, str | Path) else str(key))
+            image, text = source if isinstance(source, CaptionedImage) else (source, None)
+            job = ImageJob(key, name, image, text)
+            self._unfinished.append(job)
+            yield job
 
     def _batches(self, measured: Iterator[tuple[ImageJob, Future[None]]]) -> Generator[list[ImageJob]]:
         """Cut the input into windows, and each window into batches of similar sizes."""
@@ -120,7 +120,7 @@ class ImageStream:
         yield from self._plan(window)
 
     def _plan(self, window: list[ImageJob]) -> list[list[ImageJob]]:
-        """Return the batches of a window, at least one, so that the errors of a window are yielded in any case."""
+        """Return the batches of a window; an empty one if all its images failed, so that their errors are yielded."""
         limits = BatchLimits(self.batch_size, self.batch_tokens, MAX_BATCH_BYTES)
         planned: list[list[ImageJob]] = []
         for has_text in (False, True):  # a batch has inputs of one kind

@@ -13,14 +13,12 @@ from cocoa_embed.cpu_threads import available_cores
 from cocoa_embed.data.rows import Item
 from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import CocoaError, one_line
+from cocoa_embed.evaluation import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from cocoa_embed.encode.encoder import Encoder, ModelInput
 
 Role = Literal["query", "document"]
-
-BATCH_TOKENS = 16384
-"""The default of the most tokens in a batch, by ``estimated_tokens``."""
 
 MAX_BATCH_ITEMS = 256
 

@@ -16,7 +16,8 @@ import numpy as np
 from cocoa_embed.data.mmeb import AVERAGES, SUBSETS
 from cocoa_embed.data.rows import Item
 from cocoa_embed.errors import CocoaError, ImageError
-from cocoa_embed.evaluation.embed import BATCH_TOKENS, Role, embed_items, unsupported
+from cocoa_embed.evaluation import BATCH_TOKENS
+from cocoa_embed.evaluation.embed import Role, embed_items, unsupported
 from cocoa_embed.evaluation.metrics import cosine_similarities, query_metrics, ranks_of_relevant
 from cocoa_embed.evaluation.mmeb_reader import CandidateRow, MmebFolder, SubsetData
 from cocoa_embed.evaluation.result_cache import ResultCache

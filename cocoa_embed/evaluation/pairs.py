@@ -12,7 +12,8 @@ from scipy.sparse.csgraph import connected_components
 
 from cocoa_embed.data.rows import Item
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.evaluation.embed import BATCH_TOKENS, embed_items, unsupported
+from cocoa_embed.evaluation import BATCH_TOKENS
+from cocoa_embed.evaluation.embed import embed_items, unsupported
 from cocoa_embed.evaluation.metrics import (
     METRICS,
     chance_metrics,

@@ -16,10 +16,10 @@ LOSSLESS_PIXELS = 128 * 128
 JPEG_QUALITY = 88
 
 
-def data_uri(image: "Image.Image", largest_side: int = LARGEST_SIDE) -> str:
+def data_uri(image: "Image.Image") -> str:
     """Return ``image`` as a ``data:`` URI: PNG, or JPEG for larger images where that is smaller, as for photographs."""
     image = image.convert("RGB")
-    image.thumbnail((largest_side, largest_side))
+    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     encoded: dict[str, bytes] = {}
     for kind in ("png", "jpeg") if image.width * image.height > LOSSLESS_PIXELS else ("png",):
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Find a file whose name is written with other code points, as é is one or two of them."""
+"""Find a file whatever the Unicode form of its name: é is one code point or two."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from unicodedata import normalize
 Names = TypeVar("Names")
 
 SETTLED_NS = 2 * 10**9
-"""Nanoseconds after which a folder's mtime tells its states apart, on any file system."""
+"""Changes of a folder that are this many nanoseconds apart have different mtimes on any file system."""
 
 
 def as_on_disk(path: Path) -> Path:
@@ -50,7 +50,7 @@ def _names_like(folder: Path, name: str) -> list[str]:
 
 
 def cached_by_folder(read: Callable[[Path], Names]) -> Callable[[Path], Names]:
-    """Keep what ``read`` returns for the last folders, while they do not change: a file a call would be quadratic."""
+    """Cache what ``read`` returns for a folder until the folder changes: reading it for each file is quadratic."""
     cached = lru_cache(maxsize=16)(lambda folder, mtime_ns: read(folder))
 
     def read_if_changed(folder: Path) -> Names:

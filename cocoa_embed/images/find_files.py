@@ -59,6 +59,11 @@ def find_images(
     return [Path(path) for path in sorted(found, key=lambda path: path.replace(os.sep, "\0"))]
 
 
+def is_image_name(name: str) -> bool:
+    """Return whether the name of a file has an image's suffix (``IMAGE_SUFFIXES``), in upper or lower case."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
 def is_file_list(path: Path) -> bool:
     """Return whether a path is a list of files."""
     return path.suffix.lower() == LIST_SUFFIX and os.path.isfile(path)
@@ -114,7 +119,7 @@ def split_pattern(pattern: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def match_pattern(pattern: Path) -> list[Path]:
-    """Return the files and folders that match a pattern of ``glob``, sorted; its parts are split as above."""
+    """Return the files and folders that match a pattern of ``glob``, which ``split_pattern`` splits, sorted."""
     folder, parts = split_pattern(pattern)
     return sorted(map(Path, glob.glob(os.path.join(glob.escape(str(folder)), *parts), recursive=True)))
 
@@ -125,7 +130,10 @@ class FolderSearch:
     def __init__(
         self, on_error: OnError | None, roots: Iterable[Path] = (), passed_over: PassedOver | None = None
     ) -> None:
-        """Remember the folders that are searched for themselves, which no link to a folder above them leads to."""
+        """Prepare a search.
+
+        :param roots: Folders that are searched under their own names: a link that leads to one is not followed.
+        """
         self._on_error = on_error
         self._passed_over = PassedOver() if passed_over is None else passed_over
         self._root = ""
@@ -171,7 +179,7 @@ class FolderSearch:
     def _search(self, root: str) -> Iterator[list[str]]:
         """Yield the images in a folder and its subfolders, folder by folder."""
         for path, files in self._walk(root):
-            images = sorted(name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+            images = sorted(filter(is_image_name, files))
             found = [os.path.join(path, name).removeprefix("./") for name in images]
             if found := [file for file in found if not self._passed_over.has_file(file, self._root)]:
                 yield found

@@ -27,8 +27,8 @@ from cocoa_embed.images.urls import (
     Refused,
     is_public,
     next_address,
-    read_address,
-    read_rule,
+    parse_address,
+    parse_rule,
     shown_address,
 )
 
@@ -60,7 +60,7 @@ class Fetcher:
 
         :raises UsageError: If one is malformed.
         """
-        self._rules = [read_rule(host) for host in self.allowed_hosts]
+        self._rules = [parse_rule(host) for host in self.allowed_hosts]
         self._tls = ssl.create_default_context()  # checks certificates and host names
 
     def fetch(self, address: str) -> bytes:
@@ -88,7 +88,7 @@ class Fetcher:
         raise ImageError(shown_address(address), leads + reason)
 
     def _check(self, address: str) -> Hop:
-        hop = read_address(address)
+        hop = parse_address(address)
         if not any(rule.allows(hop) for rule in self._rules):
             port = "" if hop.port == DEFAULT_PORTS[hop.scheme] else f":{hop.port}"
             raise Refused(

@@ -20,7 +20,7 @@ from cocoa_embed.errors import ImageError, MissingExtraError, TransientImageErro
 from cocoa_embed.images.file_names import why_missing
 from cocoa_embed.images.formats import icon_sizes, media_type, open_image, png_without_metadata, upright_size
 from cocoa_embed.images.to_rgb import has_deep_colours, stretch_dark, upright_rgb
-from cocoa_embed.images.urls import shown_address
+from cocoa_embed.images.urls import is_web, shown_address
 
 ImageSource: TypeAlias = str | Path | bytes | BytesIO | Image.Image
 """A string is a path or a ``data:`` URI."""
@@ -67,7 +67,7 @@ def read_image_source(source: str | Path | bytes | BytesIO) -> tuple[bytes, str]
     if isinstance(source, str) and source[:5].lower() == "data:":
         name = f"data: URI of {len(source)} characters"
         return read_data_uri(source, name), name
-    if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
+    if isinstance(source, str) and is_web(source):
         reason = "is a web address; cocoa_embed.sources.keys.load_key fetches it, given its host in allowed_hosts"
         raise ImageError(shown_address(source), reason)
     return read_stable_file(source), printable(source)

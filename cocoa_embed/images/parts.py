@@ -23,10 +23,10 @@ VIEWABLE = (0, 1, 2, 3, 5, 6, 8)
 """The photometric interpretations of pictures; others are raw sensor data, masks and depths."""
 
 MAX_PARTS = 256
-"""Directories, or pictures of an icon, that are looked at; further ones are ignored."""
+"""The most directories, or pictures of an icon, that are read; further ones are ignored."""
 
 MAX_ENTRIES = 1000
-"""Entries of a directory that are looked at."""
+"""The most entries of a directory that are read."""
 
 
 class Directory(NamedTuple):

@@ -28,7 +28,7 @@ SYSTEM_FOLDERS = frozenset(
     # Version control and notebooks.
     " .git .hg .svn .ipynb_checkpoints".split()
 ) | {"system volume information", "network trash folder", "temporary items"}
-"""The names of folders that hold no pictures of a user's, in lower case."""
+"""The names of folders that hold none of the user's pictures, in lower case."""
 
 SYSTEM_FOLDER = re.compile(r"\.trash-\d+|found\.\d{3}|.+\.lrdata")
 """More of them: the bins of users, what a disk check found, the previews of Lightroom."""
@@ -38,7 +38,7 @@ LIBRARY_FOLDERS = frozenset({"resources", "database", "thumbnails", "previews", 
 """The folders in a photo library that hold copies of its pictures."""
 
 DELETED = re.compile(r"\.(trashed|pending)-\d+-")
-"""The beginning of a file's name in a telephone's bin, or before its end has arrived."""
+"""The beginning of the names of files that are in a telephone's bin, or still being received."""
 
 THUMBNAILS_MARKER = ".cocoa-thumbnails"
 """The file in our folders of thumbnails."""
@@ -51,24 +51,16 @@ APPLE_DOUBLE = (b"\x00\x05\x16\x07", b"\x00\x05\x16\x00")
 
 
 def is_system_folder(name: str, parent: str = "") -> bool:
-    """Return whether a folder of this name, in a folder named ``parent``, holds no pictures of a user's."""
+    """Return whether a folder of this name, in a folder named ``parent``, holds none of the user's pictures."""
     lower = name.lower()
     in_library = lower in LIBRARY_FOLDERS and LIBRARY.fullmatch(parent.lower()) is not None
     return lower in SYSTEM_FOLDERS or in_library or SYSTEM_FOLDER.fullmatch(lower) is not None
 
 
 def is_searched(folder: Path, path: Path) -> bool:
-    """Return whether the search of a folder comes by a path below it: through no system folder."""
+    """Return whether a search of a folder reaches a path below it: no folder on the way is a system folder."""
     names = ("", *path.relative_to(folder).parts)
     return not any(is_system_folder(name, parent) for parent, name in pairwise(names))
-
-
-def is_companion(path: str, read_start: Callable[[str], bytes]) -> bool:
-    """Return whether a file is the companion of another one, as ``._a.jpg`` is of ``a.jpg``.
-
-    :param read_start: Returns the file's first bytes, at least four; asked only if the name is that of a companion.
-    """
-    return os.path.basename(path).startswith("._") and read_start(path).startswith(APPLE_DOUBLE)
 
 
 def first_bytes(path: str) -> bytes:
@@ -119,7 +111,7 @@ class PassedOver:
     def has_entry(self, path: str, root: str, read_start: Callable[[str], bytes]) -> bool:
         """Return whether a file below ``root``, an archive or an address, or a folder that it is in, is passed over.
 
-        :param read_start: Returns the first bytes of the file at ``path``.
+        :param read_start: As ``has_file`` takes it.
         """
         folder = root
         for name in path.removeprefix(root).strip("/").split("/")[:-1]:
@@ -129,10 +121,15 @@ class PassedOver:
         return self.has_file(path, root, read_start)
 
     def has_file(self, path: str, root: str, read_start: Callable[[str], bytes] = first_bytes) -> bool:
-        """Return whether a file below ``root``, the folder that is searched, is passed over."""
-        if DELETED.match(os.path.basename(path)):
+        """Return whether a file below ``root``, the folder that is searched, is passed over.
+
+        :param read_start: Returns the first bytes of the file at ``path``, at least four if it has them; called only
+            for a companion's name.
+        """
+        name = os.path.basename(path)
+        if DELETED.match(name):
             return self.note(path, "deleted file")
-        if is_companion(path, read_start):
+        if name.startswith("._") and read_start(path).startswith(APPLE_DOUBLE):
             return self.note(path, "companion of another file")
         return self._excludes(path, root) and self.note(path, "excluded")
 

@@ -16,7 +16,7 @@ CONTRAST = 32
 """Levels of a channel by which a colour has to differ from a background to be seen."""
 
 MOST_HIDDEN = 0.25
-"""The part of a picture's outline that may be hidden."""
+"""The largest fraction of a picture's outline that may be hidden."""
 
 
 def over_background(image: Image.Image) -> Image.Image:
@@ -60,5 +60,5 @@ def background(image: Image.Image) -> int:
     is_inside = inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
     outline = is_visible & ~is_inside
     where = outline if outline.any() else is_visible
-    shares = {shade: hidden(shade, where) for shade in BACKGROUNDS}
-    return next((shade for shade, share in shares.items() if share <= MOST_HIDDEN), min(shares, key=shares.__getitem__))
+    ratios = {shade: hidden(shade, where) for shade in BACKGROUNDS}
+    return next((shade for shade, ratio in ratios.items() if ratio <= MOST_HIDDEN), min(ratios, key=ratios.__getitem__))

@@ -59,7 +59,12 @@ class HostRule(NamedTuple):
         return is_host and hop.port == (DEFAULT_PORTS[hop.scheme] if self.port is None else self.port)
 
 
-def read_address(address: str) -> Hop:
+def is_web(address: str) -> bool:
+    """Return whether an address, or a path, is an http or https address."""
+    return address[:8].lower().startswith(("http://", "https://"))
+
+
+def parse_address(address: str) -> Hop:
     """Parse an address.
 
     :raises Refused: If it is not http or https, names a user, or is malformed.
@@ -95,7 +100,7 @@ def ascii_host(host: str) -> str:
     return text
 
 
-def read_rule(text: str) -> HostRule:
+def parse_rule(text: str) -> HostRule:
     """Parse an entry of the list of allowed hosts.
 
     :raises UsageError: If it is not a host, ``*.host``, ``host:port`` or ``*.host:port``.

@@ -11,12 +11,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Processo
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line
 from cocoa_embed.model.attention import make_bidirectional, make_causal
-from cocoa_embed.model.families.family import PatchGeometry
 from cocoa_embed.model.families.registry import family_of, family_of_images
 from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
 from cocoa_embed.model.loading import is_hub_name
 from cocoa_embed.model.template import add_eos_tokens, append_eos, chat_template, eos_tokens
-from cocoa_embed.model.training_record import explain_unfinished
+from cocoa_embed.model.training_record import refuse_unfinished
 from cocoa_embed.model.vision_attention import pack_vision_attention
 
 MASK_TOKEN = "<|mask|>"
@@ -42,11 +41,6 @@ class Backbone:
     model: PreTrainedModel
     processor: ProcessorMixin
 
-    @property
-    def geometry(self) -> PatchGeometry:
-        """The patch geometry of the model's vision encoder."""
-        return family_of(self.model.config).geometry
-
     def save(self, folder: Path) -> None:
         """Write weights, config and processor to ``folder``."""
         self.model.save_pretrained(folder)
@@ -63,8 +57,7 @@ def origin(name_or_path: str) -> Origin:
 
     :raises CocoaError: If it is none of the three, or a stage that is not finished.
     """
-    if unfinished := explain_unfinished(Path(name_or_path)):
-        raise CocoaError(unfinished)
+    refuse_unfinished(Path(name_or_path))
     if Path(name_or_path).is_dir():
         return "folder"
     if name_or_path in builtin_backbones():

@@ -33,6 +33,6 @@ def compile_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def run_uncompiled(layers: Iterable[nn.Module]) -> None:
-    """Let layers of ``compile_layers`` run as they are written again."""
+    """Undo ``compile_layers``: the layers run as they are written."""
     for layer in layers:
         layer._compiled_call_impl = None

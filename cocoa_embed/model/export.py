@@ -95,7 +95,7 @@ def build_sentence_transformer(
     :param prompts: The prompts for ``query`` and ``document``, stored with the model.
     :param bidirectional: False for a checkpoint that was trained causal, as a baseline.
     :param pooling: One of ``POOLING_MODES``.
-    :param vectors: How many are side by side in an embedding: 1, or the number of the ``eos_tokens``, as by default.
+    :param vectors: How many are side by side in an embedding: 1, or all ``eos_tokens``, which is the default.
     :param device: The torch device; None takes the fastest.
     :param model_kwargs: More keyword arguments for transformers, such as ``dtype``.
     :raises CocoaError: If it cannot be loaded, or is causal although it should be bidirectional.
@@ -104,14 +104,13 @@ def build_sentence_transformer(
         transformer = Transformer(str(checkpoint), model_kwargs={"attn_implementation": "sdpa", **model_kwargs})
     except (OSError, SafetensorError) as error:
         raise CocoaError(f"{checkpoint} cannot be loaded ({one_line(error)}): the checkpoint is incomplete.") from error
+    processor = transformer.processor
     # A checkpoint may be older than this template.
-    transformer.processor.chat_template = chat_template(
-        transformer.processor.tokenizer, family_of_images(transformer.processor).markers
-    )
-    append_eos(transformer.processor.tokenizer)
+    processor.chat_template = chat_template(processor.tokenizer, family_of_images(processor).markers)
+    append_eos(processor.tokenizer)
     if bidirectional:
         assert_bidirectional(transformer.auto_model)
-    count = len(eos_tokens(transformer.processor.tokenizer)) if vectors is None else vectors
+    count = len(eos_tokens(processor.tokenizer)) if vectors is None else vectors
     return embedding_model(transformer, prompts, pooling, device, count)
 
 

@@ -47,7 +47,7 @@ def on_host(tensor: Tensor) -> HostTensor:
 
 
 def places(mask: Tensor, count: int) -> Tensor:
-    """Return where a mask of ``count`` true values is true, as numbers into it flattened: int64 ``[count]``.
+    """Return the indices of a mask's ``count`` true values in the flattened mask: int64 ``[count]``.
 
     Unlike ``nonzero``, it does not wait for the device to count them.
     """

@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
-from cocoa_embed.model.training_record import TRAINING_FILE, explain_unfinished, read_training, vectors_of
+from cocoa_embed.model.training_record import TRAINING_FILE, read_training, refuse_unfinished, vectors_of
 
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder, SentenceTransformer
@@ -24,14 +24,13 @@ CONFIG_FILE = "config_sentence_transformers.json"
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
-
-DTYPES = ("float32", "bfloat16", "float16")
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 """What weights can be loaded as."""
 
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Import large libraries sooner: the garbage collector would visit all their objects many times, and free none."""
+    """Pause the garbage collector while large libraries are imported: it visits their objects often and frees none."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -57,7 +56,7 @@ def load_model(
 
     :param model: A folder, or a name on the hub if no folder has it.
     :param device: The torch device; None takes the fastest.
-    :param dtype: One of ``DTYPES``; None takes the one in which the weights are stored.
+    :param dtype: A ``Dtype``; None takes the one in which the weights are stored.
     :param revision: The branch, tag or commit of a model on the hub.
     :param trust_remote_code: Whether to run Python code that comes with the model.
     :param cache_folder: Where models of the hub are stored [default: the hub's cache].
@@ -66,14 +65,15 @@ def load_model(
     :raises UsageError: If a folder is to have a revision, or the dtype is unknown.
     """
     check_model(model)
-    if dtype not in (None, *DTYPES):
-        raise UsageError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
+    if dtype not in (None, *get_args(Dtype)):
+        raise UsageError(f"dtype is {dtype!r}; it can be {', '.join(get_args(Dtype))}")
     with collector_paused():
         device = None if device is None else find_device(device)
         from sentence_transformers import MultiVectorEncoder, SentenceTransformer
         from sentence_transformers.util import load_file_path
     folder = Path(model).expanduser()
     is_local = folder.exists()
+    name = str(folder if is_local else model)
     if is_local and revision is not None:
         raise UsageError(f"--revision {revision} is of a model on the hub, and {printable(model)} is a folder")
     model_kwargs = {**(model_kwargs or {}), **({} if dtype is None else {"dtype": dtype})}
@@ -97,10 +97,10 @@ def load_model(
         "model_kwargs": model_kwargs,
     }
     try:
-        config = load_file_path(str(folder if is_local else model), CONFIG_FILE, **where)
+        config = load_file_path(name, CONFIG_FILE, **where)
         if config is None or json.loads(Path(config).read_text("utf-8")).get("model_type") != "MultiVectorEncoder":
-            return SentenceTransformer(str(folder if is_local else model), **options)
-        return side_by_side(MultiVectorEncoder(str(folder if is_local else model), **options))
+            return SentenceTransformer(name, **options)
+        return side_by_side(MultiVectorEncoder(name, **options))
     except Exception as error:  # loading runs code of four libraries with different errors
         raise CocoaError(
             f"{printable(model)} cannot be loaded as a SentenceTransformer ({type(error).__name__}: {one_line(error)})"
@@ -110,7 +110,7 @@ def load_model(
 def is_checkpoint(folder: Path) -> bool:
     """Return whether a model's folder is a checkpoint of a stage, whose training record says how it embeds.
 
-    One of several vectors is, even if its modules, those of a SentenceTransformer, give the first.
+    One of several vectors is a checkpoint although it has the modules of a SentenceTransformer: they give the first.
     """
     if not (folder / MODULES_FILE).is_file():
         return True
@@ -147,12 +147,11 @@ def find_device(device: str | None) -> str:
         from sentence_transformers.util import get_device_name
 
         device = get_device_name()
-    name = device
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch is built without the device
-        raise UsageError(f"--device {name} cannot be used ({one_line(error).split('. ')[0]}).") from error
-    return name
+        raise UsageError(f"--device {device} cannot be used ({one_line(error).split('. ')[0]}).") from error
+    return device
 
 
 def check_model(model: str | Path) -> None:
@@ -161,8 +160,7 @@ def check_model(model: str | Path) -> None:
     :raises CocoaError: If it is neither a folder that holds a model with weights nor a possible name on the hub.
     """
     folder = Path(model).expanduser()
-    if unfinished := explain_unfinished(folder):
-        raise CocoaError(unfinished)
+    refuse_unfinished(folder)
     name = printable(model)
     if not folder.is_dir():
         if folder.exists() or not is_hub_name(str(model)):

@@ -30,8 +30,9 @@ class Markers(NamedTuple):
     """The tokens of an image.
 
     :param image: What the template writes.
-    :param token: The visual token in it, for which the processor puts ``before``, as many as the image has, ``after``.
-    :param around: How many other tokens an image has then.
+    :param token: The visual token in it. The processor replaces it by ``before``, all visual tokens of the image, and
+        ``after``.
+    :param around: How many other tokens an image then has.
     :param video: What the template writes for a video, if the family has any.
     """
 

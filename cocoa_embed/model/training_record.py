@@ -24,9 +24,9 @@ def read_training(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / TRAINING_FILE
     remedy = "Give a folder that `cocoa-embed train` or `cocoa-embed export` has written."
     if not path.is_file() or not any(checkpoint.glob("*.safetensors")):
+        refuse_unfinished(checkpoint)
         raise CocoaError(
-            explain_unfinished(checkpoint)
-            or f"{printable(checkpoint)} is no checkpoint: it needs {TRAINING_FILE} and *.safetensors. {remedy}"
+            f"{printable(checkpoint)} is no checkpoint: it needs {TRAINING_FILE} and *.safetensors. {remedy}"
         )
     training = _read_object(path, remedy)
     keys = {"backbone", "origin", "recipe", "stages", "data"}
@@ -79,19 +79,21 @@ def run_of(path: Path) -> Path | None:
     return next((parent for parent in parents if all((parent / name).is_file() for name in files)), None)
 
 
-def explain_unfinished(path: Path) -> str | None:
-    """Say how to finish a run's stage if ``path`` is the folder of an unfinished one; it need not exist yet."""
+def refuse_unfinished(path: Path) -> None:
+    """Check that ``path`` is not the folder of a run's unfinished stage, which need not exist yet.
+
+    :raises CocoaError: If it is; the error says how to continue the stage.
+    """
     run = run_of(path)
     if run is None or (path / TRAINING_FILE).is_file():
-        return None
+        return
     stages = read_run(run)["stages"]
     stage = next((part for part in path.resolve().relative_to(run).parts if part in stages), None)
-    if stage is None or stages[stage]["finished"]:
-        return None
-    return (
-        f"{printable(path)} is not finished: stage {stage} of that run stopped at step {stages[stage]['step']} of "
-        f"{stages[stage]['steps']}; `cocoa-embed train RECIPE --out {printable(run)} --resume` continues it."
-    )
+    if stage is not None and not stages[stage]["finished"]:
+        raise CocoaError(
+            f"{printable(path)} is not finished: stage {stage} of that run stopped at step {stages[stage]['step']} of "
+            f"{stages[stage]['steps']}; `cocoa-embed train RECIPE --out {printable(run)} --resume` continues it."
+        )
 
 
 def _read_object(path: Path, remedy: str) -> dict[str, Any]:

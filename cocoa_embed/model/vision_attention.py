@@ -14,7 +14,7 @@ from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.host_tensor import HostTensor
 
 REGISTERED = "cocoa_flash_varlen"
-"""Its name for transformers, whose models pass packed sequences to a name with ``flash`` in it alone."""
+"""Its name for transformers, whose models pass packed sequences only to a name with ``flash`` in it."""
 
 FIRST_CAPABILITY = 8
 """The oldest generation of CUDA devices with kernels for packed sequences (Ampere)."""

@@ -149,10 +149,10 @@ def facts(run: Mapping[str, Any], folder: str) -> Iterator[tuple[str, str]]:
     if inherited["stages"]:
         yield "trained before this run", listed([stage["stage"] for stage in inherited["stages"]])
     for name, stage in run["stages"].items():
-        final = {key: value for line in stage["log"] for key, value in line.items()}
+        known = {**stage, **{key: value for line in stage["log"] for key, value in line.items()}}
         words = {"trained_parameters": "{:,} trained parameters", "loss": "loss {:.3g}"}
         words |= {"tokens_per_second": "{:,.0f} tokens/s", "mfu": "{:.0%} of the device's FLOP/s"}
-        logged = [text.format({**stage, **final}[key]) for key, text in words.items() if key in {**stage, **final}]
+        logged = [text.format(known[key]) for key, text in words.items() if key in known]
         yield name, ", ".join([f"{stage['step']:,} steps in {duration(stage['seconds'])}", *logged])
     device = f"{machine['processes']} × {machine['device']}" if machine["processes"] > 1 else machine["device"]
     yield "machine", f"{device}, {machine['platform']}, {machine['cpu_count']} CPU cores, Python {machine['python']}"

@@ -17,7 +17,7 @@ def render(
     """Return a page.
 
     :param template: Extends ``base.html.jinja``.
-    :param extra: The extra of the package that brings Jinja2 to who needs this page.
+    :param extra: The extra that an error names if Jinja2 is not installed.
     :param filters: The template's own filters.
     :param values: Its variables; ``title`` is the heading.
     :raises MissingExtraError: If Jinja2 is not installed.

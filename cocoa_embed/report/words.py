@@ -17,7 +17,6 @@ SERIES = {
 
 MATCHING, SHUFFLED, NO_IMAGE = list(SERIES)[-3:]
 
-
 GEOMETRY = {
     "alignment": "mean squared distance of a pair: 0 for equal embeddings, about 2 for unrelated ones",
     "uniformity": "how evenly they are spread over the sphere: 0 is all in one place, about -4 an even spread",

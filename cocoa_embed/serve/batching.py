@@ -139,9 +139,9 @@ class Batches:
 
 
 def own_tokenizer(tokenizer: object) -> Tokenizer | None:
-    """Return a tokenizer that counts beside one that the model uses, whose state its calls change; None if it is slow.
+    """Return a copy of a model's fast tokenizer that neither pads nor truncates; None if the tokenizer is slow.
 
-    Its tokens are neither padded nor truncated.
+    Calls of the model change the state of its own, which other threads must not count with.
     """
     from transformers import PreTrainedTokenizerFast
 

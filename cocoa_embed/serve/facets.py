@@ -39,13 +39,10 @@ def make_facets(payloads: Iterable[Payload]) -> list[dict[str, Any]]:
             values = [each for each in flat([value]) if isinstance(each, str | int | float) and each != ""]
             found[key] += values
             points[key] += bool(values)
-    keys = sorted(filter(nameable, filter(found.get, found)), key=lambda key: (-points[key], key))
+    # In the quotes of a filter there can be neither another quote nor a backslash.
+    nameable = [key for key, values in found.items() if values and re.fullmatch(r'[^"\\]+', key)]
+    keys = sorted(nameable, key=lambda key: (-points[key], key))
     return [{"key": key if re.fullmatch(r"[\w-]+", key) else f'"{key}"', **describe(key, found[key])} for key in keys]
-
-
-def nameable(key: str) -> bool:
-    """Return whether a filter can name a key: in quotes, which hold neither another quote nor a backslash."""
-    return re.fullmatch(r'[^"\\]+', key) is not None
 
 
 def describe(key: str, values: list[Any]) -> dict[str, Any]:

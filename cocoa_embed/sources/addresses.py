@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 
 from cocoa_embed.data.places import Place
 from cocoa_embed.errors import ImageError, UsageError
-from cocoa_embed.images.urls import shown_address
+from cocoa_embed.images.urls import is_web, shown_address
 from cocoa_embed.sources.base import Record, SourceOptions
-from cocoa_embed.sources.remote import is_web, read_address
+from cocoa_embed.sources.remote import read_address
 from cocoa_embed.sources.shard_files import Kind, ShardFile, json_values
 from cocoa_embed.sources.tables import ADDRESS_COLUMNS, address_column, table_rows
 

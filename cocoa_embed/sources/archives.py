@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 from cocoa_embed.data.image_folder import without_blank_texts
 from cocoa_embed.data.places import Place, open_binary, reading, suffix_of
-from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
-from cocoa_embed.images.find_files import IMAGE_SUFFIXES
+from cocoa_embed.errors import CocoaError, ImageError, one_line, printable, until_error
+from cocoa_embed.images.find_files import is_image_name
 from cocoa_embed.images.load import MAX_IMAGE_BYTES, check_size
 from cocoa_embed.sources.base import Record, storable
 from cocoa_embed.sources.shard_files import Kind, ShardFile
@@ -88,7 +88,7 @@ def read_archive(file: ShardFile) -> Iterator[Record]:
     """
     faults: list[Exception] = []
     columns = cache(lambda: columns_beside(file.place))
-    for sample in samples(until_fault(read_members(file), faults)):
+    for sample in samples(until_error(read_members(file), faults)):
         for image, metadata in describe_images(sample, columns):
             record = file.make_record(image.name, image.content, metadata)
             # What describes the last image may be behind the break.
@@ -122,7 +122,7 @@ def describe_images(
 
     :param columns: Returns the metadata of samples, by name.
     """
-    images = [each for each in sample if each.suffix in IMAGE_SUFFIXES]
+    images = [each for each in sample if is_image_name(each.name)]
     if not images:
         return
     shared = dict(columns().get(PurePosixPath(sample[0].sample).name, {}))
@@ -134,35 +134,27 @@ def describe_images(
         yield image, shared | own[image.stem]
 
 
-def until_fault(members: Iterator[Member], faults: list[Exception]) -> Iterator[Member]:
-    """Yield what comes before an exception, and append that to ``faults``."""
-    try:
-        yield from members
-    except Exception as error:  # noqa: BLE001 - remote file systems and decompressors raise nearly anything
-        faults.append(error)
-
-
 def read_description(suffix: str, content: bytes) -> dict[str, Any]:
     """Return what a file says about the image of the same name: its text, or columns; nothing if it is malformed."""
     text = content.decode("utf-8-sig", "replace").strip()
     if suffix == ".json":
         try:
             columns = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return columns if isinstance(columns, dict) else {}
     if suffix == ".cls":
-        return {"cls": int(text) if text.isdigit() else text}
+        # Python refuses to read numbers of thousands of digits.
+        return {"cls": int(text) if text.isdecimal() and len(text) < 20 else text}
     return {"text": text} if text else {}
 
 
 def table_beside(place: Place) -> Place | None:
-    """Return the Parquet file that img2dataset writes beside an archive; None if there is none, or can be none."""
+    """Return the place of the Parquet file that img2dataset writes beside a tar file, whether there is one or not."""
     if suffix_of(place) != ".tar":
         return None
-    beside = str(place)[: -len(".tar")] + ".parquet"
-    table: Place = Path(beside) if isinstance(place, Path) else beside
-    return None if isinstance(table, Path) and not table.is_file() else table
+    table = str(place)[: -len(".tar")] + ".parquet"
+    return Path(table) if isinstance(place, Path) else table
 
 
 def columns_beside(place: Place) -> dict[str, dict[str, Any]]:
@@ -175,7 +167,7 @@ def columns_beside(place: Place) -> dict[str, dict[str, Any]]:
             rows = (row for batch in batches(table) for row in batch.to_pylist() if "key" in row)
             return {str(row["key"]): without_blank_texts(row) for row in rows}
     except CocoaError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
+        if isinstance(error.__cause__, FileNotFoundError | IsADirectoryError):
             return {}
         raise ImageError(str(table), f"cannot be read ({one_line(error)})") from error
 
@@ -188,21 +180,22 @@ def read_members(file: ShardFile) -> Iterator[Member]:
     names: set[str] = set()
 
     def on_link(name: str) -> None:
-        if suffix_of(name) in IMAGE_SUFFIXES:
+        if is_image_name(name):
             file.passed_over.note(f"{file.key}/{name}", "link in an archive")
 
     with open_binary(file.place) as opened:
         for name, size, read in read_entries(opened, file.key, "r|*", on_link):
-            if suffix_of(name) not in IMAGE_SUFFIXES | DESCRIPTIONS:
+            is_image = is_image_name(name)
+            if not is_image and suffix_of(name) not in DESCRIPTIONS:
                 continue
-            most = MAX_IMAGE_BYTES if suffix_of(name) in IMAGE_SUFFIXES else MAX_DESCRIPTION_BYTES
+            most = MAX_IMAGE_BYTES if is_image else MAX_DESCRIPTION_BYTES
             key = f"{file.key}#{name}"
             read_once = cache(read)  # in a tar file, which is read as a stream, there is no second time
             path = f"{file.key}/{PurePosixPath(name.lstrip('/'))}"
             try:
                 if file.passed_over.has_entry(path, file.key, partial(_start, read_once, size)):
                     continue
-                if name in names and suffix_of(name) in IMAGE_SUFFIXES:
+                if is_image and name in names:
                     file.passed_over.note(path, "name again in an archive")
                 elif 0 < size <= most:
                     yield Member(name, read_once())
@@ -219,7 +212,7 @@ def read_member(opened: BinaryIO, file: str, name: str) -> bytes:
     :raises ImageError: If it is not there, or too large.
     """
     for each, size, read in read_entries(opened, file, "r:*"):
-        if storable(each) == name and suffix_of(each) in IMAGE_SUFFIXES:
+        if storable(each) == name and is_image_name(each):
             check_size(size, printable(f"{file}#{name}"))
             return read()
     raise ImageError(printable(f"{file}#{name}"), "is no image in the archive")
@@ -228,7 +221,7 @@ def read_member(opened: BinaryIO, file: str, name: str) -> bytes:
 def read_entries(
     opened: BinaryIO, file: str, mode: Literal["r|*", "r:*"], on_link: Callable[[str], object] = lambda _: None
 ) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
-    """Yield the name and the size of each file in an archive, and what reads it before the next is asked for.
+    """Yield the name and size of each file in an archive, and a function that reads it, valid until the next file.
 
     :param mode: Of ``tarfile``: reads a tar file from its start to its end, or seeks.
     :param on_link: Called with the name of each link in a tar file.
@@ -259,10 +252,9 @@ def _read_whole(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return data
 
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 KIND = Kind(
     "archive",
-    SUFFIXES,
+    (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip"),
     read_archive,
     "tarfile",
     "tables",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 LARGEST_INTEGER = 2**63 - 1
@@ -13,7 +14,7 @@ LARGEST_INTEGER = 2**63 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """What the caller wants of sources; each kind takes what concerns it."""
+    """Options of sources; each kind of source uses those that concern it."""
 
     allowed_hosts: tuple[str, ...] = ()
     """The hosts from which web addresses are fetched, as ``Fetcher`` takes them."""
@@ -21,9 +22,9 @@ class SourceOptions:
     """Seconds between two frames of a video."""
     exclude: tuple[str, ...] = ()
     """Patterns of files and folders to pass over, as in a ``.gitignore`` file, such as ``*_small.jpg`` or ``drafts/``.
-    System folders and companions of other files are passed over in any case."""
+    System folders and companions of other files are always passed over."""
     include: frozenset[str] = frozenset()
-    """The kinds of files (``KINDS`` of ``open.py``) that a folder gives beside its photographs."""
+    """The kinds of files (``KINDS`` of ``open.py``) that are read in a folder beside its photographs."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Record:
     metadata_source: str | None = None
     """The file that the metadata is from; None if the image has none."""
     checked_sources: frozenset[str] = frozenset()
-    """Files of metadata, read without a fault, that could describe the image. A description that a run has stored from
+    """Files of metadata, read without an error, that could describe the image. A description that a run has stored from
     one of them is removed if they no longer have it."""
 
 
@@ -84,6 +85,18 @@ class Source(Protocol):
     def is_deleted(self, key: str) -> bool:
         """Return whether there is certainly no record of this key any more; False where that cannot be checked."""
         ...
+
+
+def is_below(key: str, root: str) -> bool:
+    """Return whether a path or an address is in a folder."""
+    return key.startswith(root.rstrip("/") + "/")
+
+
+def relative_key(key: str, root: str | None) -> str:
+    """Return a key below a folder or an address; the name of the file if it is elsewhere."""
+    if root is None or not is_below(key, root):
+        return PurePosixPath(key).name
+    return key[len(root.rstrip("/")) + 1 :]
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,19 +11,19 @@ from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
-from cocoa_embed.errors import CocoaError, UsageError, printable
+from cocoa_embed.errors import CocoaError, printable
 from cocoa_embed.images.file_names import as_on_disk
 from cocoa_embed.images.find_files import (
-    IMAGE_SUFFIXES,
     FolderSearch,
     is_file_list,
+    is_image_name,
     is_literal,
     read_file_list,
     search_folder,
 )
 from cocoa_embed.images.load import read_stable_file
 from cocoa_embed.images.passed_over import PassedOver, is_searched
-from cocoa_embed.sources.base import Record, Shard, storable
+from cocoa_embed.sources.base import Record, Shard, is_below, relative_key, storable
 from cocoa_embed.sources.image_metadata import ImageMetadata
 
 
@@ -64,14 +64,13 @@ class FileSource:
         except (OSError, ValueError):  # reading it gives the reason
             mtime, size = 0.0, None
         metadata, source, checked = self.metadata.describe(path, root)
-        relative = str(path.relative_to(root)) if path.is_relative_to(root) else path.name
-        read = partial(read_stable_file, path)
-        return Record(str(path), relative, read, mtime, size, None, metadata, source, checked)
+        key, read = str(path), partial(read_stable_file, path)
+        return Record(key, relative_key(key, str(root)), read, mtime, size, None, metadata, source, checked)
 
     def covers(self, key: str) -> bool:
         """Return whether a file of this path, as payloads name it, would have been found, if it existed."""
         folder, files = self._covered
-        return key in files or (folder is not None and key.startswith(folder.rstrip(os.sep) + os.sep))
+        return key in files or (folder is not None and is_below(key, folder))
 
     def is_deleted(self, key: str) -> bool:
         """Return whether there is certainly no file at a path."""
@@ -80,14 +79,13 @@ class FileSource:
     @cached_property
     def _covered(self) -> tuple[str | None, frozenset[str]]:
         """The folder and the files that the paths stand for, whether they exist or not."""
-        path = self.paths[0]
-        if len(self.paths) == 1 and is_file_list(path):
-            return None, frozenset(storable(os.path.abspath(file)) for file in read_file_list(path))
-        files = frozenset(storable(str(each)) for each in self.paths)
         if len(self.paths) > 1:
-            return None, files
-        is_pattern = not os.path.lexists(path) and not is_literal(path)
-        return storable(str(search_folder(path) if is_pattern else path)), files
+            return None, frozenset(storable(str(path)) for path in self.paths)
+        (path,) = self.paths
+        if is_file_list(path):
+            return None, frozenset(storable(os.path.abspath(file)) for file in read_file_list(path))
+        folder = path if is_literal(path) else search_folder(path)
+        return storable(str(folder)), frozenset([storable(str(path))])
 
 
 def file_sources(
@@ -97,17 +95,13 @@ def file_sources(
     *,
     may_be_gone: bool = False,
 ) -> list[FileSource]:
-    """Return the sources of local paths, each once, without those that the search of a folder that is also named finds.
+    """Return the sources of local paths, each once; paths inside of a folder among them are left to its search.
 
     :param on_error: Called with a folder or a row of metadata that cannot be used, and the reason.
     :param passed_over: Decides what is passed over, and counts it.
     :param may_be_gone: Whether a path that does not exist is a source without files.
-    :raises UsageError: If a path is empty.
     """
-    given = list(paths)
-    if "" in given:
-        raise UsageError("a path is empty; name a folder of images or an image file")
-    named = list(dict.fromkeys(as_on_disk(Path(os.path.abspath(path))) for path in given))
+    named = list(dict.fromkeys(as_on_disk(Path(os.path.abspath(path))) for path in paths))
     folders = {path for path in named if os.path.isdir(path)}
     outermost = [
         path for path in named if not any(is_searched(folder, path) for folder in folders.intersection(path.parents))
@@ -120,10 +114,9 @@ def file_sources(
 
 
 def is_image_file(path: Path) -> bool:
-    """Return whether a path is a file and no list, or was an image by its name."""
-    return (os.path.isfile(path) and not is_file_list(path)) or (
-        path.suffix.lower() in IMAGE_SUFFIXES and is_literal(path)
-    )
+    """Return whether a path is a file, but no list; one that is gone counts if its name is that of an image."""
+    is_file = os.path.isfile(path) and not is_file_list(path)
+    return is_file or (is_image_name(path.name) and is_literal(path))
 
 
 def require_images(paths: Sequence[str | Path], exclude: Sequence[str] = ()) -> None:
@@ -143,12 +136,12 @@ def require_images(paths: Sequence[str | Path], exclude: Sequence[str] = ()) -> 
 
 
 def undecode(key: str) -> str:
-    r"""Return a path of a payload with the bytes that are there as ``\udcNN``."""
+    r"""Return a payload's path with its undecodable bytes, which the payload has as ``\udcNN``."""
     return re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), key)
 
 
 def files_of(key: str) -> list[str]:
-    """Return the files that may hold the image of a key: a file, and the name of an image in it, may have ``#``."""
+    """Return the files that may hold the image of a key, one for each ``#``: the names of both may have this sign."""
     return [key[: sign.start()] for sign in re.finditer("#", key)]
 
 

@@ -28,7 +28,7 @@ FOLDERS_KEPT = 64
 """Folders whose metadata are kept: those of the images at hand and the folders above."""
 
 
-class Description(NamedTuple):
+class ImageDescription(NamedTuple):
     """What the metadata say about one image."""
 
     metadata: dict[str, Any]
@@ -36,7 +36,7 @@ class Description(NamedTuple):
     source: str | None
     """The first file that describes the image; None if none does."""
     checked_sources: frozenset[str]
-    """The metadata files, read without a fault, that could describe the image, whether they do or not."""
+    """The metadata files, read without an error, that could describe the image, whether or not they do."""
 
 
 class FolderMetadata:
@@ -67,11 +67,11 @@ class FolderMetadata:
 class ImageMetadata:
     """Describes images; each metadata file is read once, when the first image that it may describe is.
 
-    Images are best asked for folder by folder: the metadata of the last ``FOLDERS_KEPT`` folders are kept.
+    Images are best described folder by folder: the metadata of the last ``FOLDERS_KEPT`` folders are kept.
     """
 
     def __init__(self, on_error: Callable[[str, str], object]) -> None:
-        """Remember whom to tell of faults.
+        """Prepare; nothing is read yet.
 
         :param on_error: Called with the name of a file or a row that cannot be used, and the reason, once each.
         """
@@ -79,7 +79,7 @@ class ImageMetadata:
         self._noted: set[tuple[str, str]] = set()
         self._read = lru_cache(maxsize=FOLDERS_KEPT)(self._read_folder)
 
-    def describe(self, image: Path, root: Path) -> Description:
+    def describe(self, image: Path, root: Path) -> ImageDescription:
         """Return what is known about an image.
 
         :param image: An absolute path.
@@ -100,7 +100,7 @@ class ImageMetadata:
             if text is not None:
                 metadata["text"] = text
                 source = source or file
-        return Description(metadata, source, frozenset(checked))
+        return ImageDescription(metadata, source, frozenset(checked))
 
     def _text_beside(self, image: Path) -> tuple[str | None, str] | None:
         """Return the caption in a text file and the file; None if there is none, or it cannot be read."""

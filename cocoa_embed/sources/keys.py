@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -15,18 +14,18 @@ from PIL.Image import Image
 from cocoa_embed.data.places import open_binary
 from cocoa_embed.errors import ImageError, one_line, printable, require
 from cocoa_embed.images.load import decode_image, read_stable_file
-from cocoa_embed.images.urls import shown_address
+from cocoa_embed.images.urls import is_web, shown_address
 from cocoa_embed.sources.base import storable
-from cocoa_embed.sources.files import undecode
+from cocoa_embed.sources.files import files_of, undecode
 from cocoa_embed.sources.open import local_path, named_kind
-from cocoa_embed.sources.remote import is_web, read_address, require_plain
+from cocoa_embed.sources.remote import read_address, require_plain
 from cocoa_embed.sources.shard_files import Kind
 
 
 def load_key(key: str, allowed_hosts: Sequence[str] = ()) -> Image:
     """Return the image that ``read_key`` reads, as upright RGB.
 
-    :param allowed_hosts: The hosts of the web that are asked, as for ``Fetcher``.
+    :param allowed_hosts: The web hosts from which images are fetched, as ``Fetcher`` takes them.
     :raises ImageError: If there is no such image, or it cannot be used.
     """
     return decode_image(read_key(key, allowed_hosts), shown_address(key) if "://" in key else printable(key))[0]
@@ -36,7 +35,7 @@ def read_key(key: str, allowed_hosts: Sequence[str] = ()) -> bytes:
     """Return the bytes of the image that a payload has as its path, without reading other images of the same file.
 
     :param key: A path or an address, with ``#`` and the name of the image where many are in one file.
-    :param allowed_hosts: The hosts of the web that are asked, for the whole file, as for ``Fetcher``.
+    :param allowed_hosts: The web hosts from which whole files are fetched, as ``Fetcher`` takes them.
     :raises ImageError: If there is no such image, or it cannot be read.
     """
     key, hosts = local_path(key), tuple(allowed_hosts)
@@ -46,11 +45,10 @@ def read_key(key: str, allowed_hosts: Sequence[str] = ()) -> bytes:
     for spelling in dict.fromkeys((key,) if is_address else (key, undecode(key))):
         if not is_address and os.path.lexists(spelling):
             return read_stable_file(Path(spelling))
-        for sign in re.finditer("#", spelling):
-            file, name = spelling[: sign.start()], storable(spelling[sign.end() :])
+        for file in files_of(spelling):
             kind = named_kind(urlsplit(file).path if is_web(file) else file)
             if kind is not None and kind.read_one is not None and (is_address or os.path.isfile(file)):
-                return _read_one(kind.read_one, kind, file, name, hosts)
+                return _read_one(kind.read_one, kind, file, storable(spelling[len(file) + 1 :]), hosts)
     return read_address(key, hosts) if is_address else read_stable_file(Path(key))
 
 

@@ -1,4 +1,4 @@
-"""Pick the sources that places stand for, by what they look like. A new kind of file is a module with a ``KIND``."""
+"""Choose the sources of places, by what the places look like. A new kind of file is a module with a ``KIND``."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from cocoa_embed.data.image_folder import METADATA_FILES, TEXT_SUFFIXES
-from cocoa_embed.data.places import Place, file_system, reading, suffix_of
+from cocoa_embed.data.places import Place, file_system, reading
 from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable, require
 from cocoa_embed.images.file_names import as_on_disk
-from cocoa_embed.images.find_files import LIST_SUFFIX, FolderSearch, match_pattern, split_pattern
+from cocoa_embed.images.find_files import FolderSearch, is_file_list, is_image_name, match_pattern, split_pattern
 from cocoa_embed.images.passed_over import PassedOver, first_bytes
+from cocoa_embed.images.urls import is_web
 from cocoa_embed.sources import addresses, archives, documents, tables, videos
 from cocoa_embed.sources.addresses import first_address, require_host
 from cocoa_embed.sources.base import Source, SourceOptions
 from cocoa_embed.sources.files import file_sources, require_images
-from cocoa_embed.sources.remote import RemoteImages, is_image, is_web, remote_start, walk
+from cocoa_embed.sources.remote import RemoteImages, remote_start, walk
 from cocoa_embed.sources.shard_files import Kind, ShardFiles
 
 KINDS = {kind.name: kind for kind in (archives.KIND, tables.KIND, documents.KIND, videos.KIND)}
@@ -56,9 +57,12 @@ def all_sources(
     passed_over = passed_over or PassedOver(options.exclude)
     for name in sorted(options.include - KINDS.keys()):
         raise UsageError(f"--include {name} is no kind of file {did_you_mean(name, [*KINDS])}")
+    texts = [local_path(os.fspath(place)) for place in places]
+    if "" in texts:
+        raise UsageError("a path is empty; name a folder of images or an image file")
     photographs: list[str] = []
     others: list[Source] = []
-    for text in without_descriptions([local_path(os.fspath(place)) for place in places], passed_over):
+    for text in without_descriptions(texts, passed_over):
         if "://" in text:
             others += _open_address(text, options, on_error, passed_over, may_be_gone)
         else:
@@ -73,17 +77,20 @@ def all_sources(
 def _open_path(
     text: str, options: SourceOptions, passed_over: PassedOver, may_be_gone: bool
 ) -> tuple[bool, list[Source]]:
-    """Return whether a local place gives photographs, or is to be refused with them; and the sources of what else."""
-    path = as_on_disk(Path(os.path.abspath(text))) if text else Path()
-    if os.path.isdir(path) and text:  # False for a folder that cannot be read, which the run reports
+    """Return whether a local place is for ``file_sources``, and the sources of its other files.
+
+    Photographs are for ``file_sources``, and so is a place without any files, which ``require_images`` refuses.
+    """
+    path = as_on_disk(Path(os.path.abspath(text)))
+    if os.path.isdir(path):  # False for a folder that cannot be read, which the run reports
         if parts := saved_tables(path):
             return False, [shard_files([(part, tables.KIND) for part in parts], options, passed_over, str(path))]
         has_photographs, found = search(_files_below(path, passed_over), options, passed_over, str(path))
         others: list[Source] = [shard_files(found, options, passed_over, str(path))] if found else []
         return has_photographs or not found, others
-    is_list = path.suffix.lower() == LIST_SUFFIX and path.is_file() and "://" in first_address(path)
+    is_list = is_file_list(path) and "://" in first_address(path)
     kind = addresses.KIND if is_list else named_kind(text)
-    if kind is None or not text:
+    if kind is None:
         return True, []
     if os.path.lexists(path):
         return False, [shard_files([(path, kind)], options, passed_over)]
@@ -115,23 +122,19 @@ def _open_address(
     with reading(address):
         system, path = file_system(address)
         system.invalidate_cache()
-        listed: dict[str, Any] = {}
-        is_folder = not glob.has_magic(path) and system.isdir(path)
-        if is_folder:
+        images: dict[str, Any] | None
+        if not glob.has_magic(path) and system.isdir(path):
             root = system.unstrip_protocol(path).rstrip("/")
+            names = (name for _, files in walk(root, passed_over) for name in sorted(files))
+            has_photographs, found = search(names, options, passed_over, root, remote_start)
+            images = None if has_photographs else {}
         else:
             root, listed = _match_remote(system, path, passed_over)
-    images: dict[str, Any] | None
-    if is_folder:
-        names = (name for _, files in walk(root, passed_over) for name in sorted(files))
-        has_photographs, found = search(names, options, passed_over, root, remote_start)
-        images = None if has_photographs else {}
-    else:
-        found = [(name, kind) for name in listed if (kind := named_kind(name))]
-        images = {name: info for name, info in listed.items() if is_image(name)}
-    if images == {} and not found and may_be_gone:
-        return [RemoteImages(root or address, passed_over, images)]
+            found = [(name, kind) for name in listed if (kind := named_kind(name))]
+            images = {name: info for name, info in listed.items() if is_image_name(name)}
     if images == {} and not found:
+        if may_be_gone:
+            return [RemoteImages(root or address, passed_over, images)]
         raise CocoaError(f"{printable(address)} does not exist, or has no images; name a folder or file that has some")
     sources: list[Source] = [shard_files(found, options, passed_over, root or None)] if found else []
     return sources if images == {} else [RemoteImages(root, passed_over, images, on_error=on_error), *sources]
@@ -151,11 +154,11 @@ def _match_remote(system: Any, path: str, passed_over: PassedOver) -> tuple[str,
 
 
 def without_descriptions(texts: Sequence[str], passed_over: PassedOver) -> list[str]:
-    """Return places without the texts and metadata of images among them, as the ``photos/*`` of a shell has them.
+    """Return places without the texts and metadata of images among them, which a shell's ``photos/*`` includes.
 
     :param passed_over: Counts them: a text may be a list that was to be indexed, too.
     """
-    images = [os.path.abspath(text) for text in texts if is_image(text) and "://" not in text]
+    images = [os.path.abspath(text) for text in texts if is_image_name(text) and "://" not in text]
     stems = {os.path.splitext(image)[0] for image in images}
     folders = {os.path.dirname(image) for image in images}
 
@@ -182,9 +185,12 @@ def local_path(text: str) -> str:
     return text if address is None else os.fsdecode(unquote_to_bytes(text[address.end() :]))
 
 
-def named_kind(name: str) -> Kind | None:
-    """Return the kind of a file that is named itself; None for an image, and for anything unknown."""
-    known = (*KINDS.values(), addresses.KIND)
+def named_kind(name: str, kinds: Iterable[Kind] | None = None) -> Kind | None:
+    """Return the kind of a file, by its name; None for an image, and for anything else.
+
+    :param kinds: Those to choose from; by default all, with lists of addresses, which are read only if they are named.
+    """
+    known = (*KINDS.values(), addresses.KIND) if kinds is None else kinds
     return next((kind for kind in known if name.lower().endswith(kind.suffixes)), None)
 
 
@@ -195,25 +201,27 @@ def search(
     root: str,
     read_start: Callable[[str], bytes] = first_bytes,
 ) -> tuple[bool, list[tuple[Place, Kind]]]:
-    """Return whether a folder has photographs, and which other files it gives.
+    """Return whether a folder has photographs, and its other files that are read, without those that describe others.
 
-    A Parquet file beside an archive of the same name, as img2dataset writes it, describes the archive.
+    :param places: All files of the folder.
+    :param read_start: As ``PassedOver.has_file`` takes it.
     """
+    wanted = [KINDS[name] for name in options.include or KINDS]
     found: list[tuple[Place, Kind]] = []
     has_photographs = False
     for place in places:
-        kind = named_kind(str(place))
-        is_wanted = kind is not None and kind.name in (options.include or KINDS)
-        if not (is_wanted or is_image(str(place))) or passed_over.has_file(str(place), root, read_start):
+        name = str(place)
+        kind = named_kind(name, wanted)
+        if (kind is None and not is_image_name(name)) or passed_over.has_file(name, root, read_start):
             continue
-        if kind is not None and is_wanted:
+        if kind is not None:
             found.append((place, kind))
-            continue
-        has_photographs = True
-        if not options.include:
+        elif options.include:
+            has_photographs = True
+        else:
             return True, []
-    described = {str(place).removesuffix(".tar") + ".parquet" for place, _ in found if suffix_of(place) == ".tar"}
-    return has_photographs, [(place, kind) for place, kind in found if str(place) not in described]
+    described = {kind.beside(place) for place, kind in found if kind.beside is not None}
+    return has_photographs, [(place, kind) for place, kind in found if place not in described]
 
 
 def shard_files(
@@ -241,4 +249,4 @@ def shard_files(
 def _files_below(folder: Path, passed_over: PassedOver) -> Iterator[Path]:
     for path, names in FolderSearch(lambda *_: None, passed_over=passed_over).walk(str(folder)):
         # A photograph may be hidden; a hidden table or document is a program's.
-        yield from (Path(path, name) for name in sorted(names) if is_image(name) or not name.startswith("."))
+        yield from (Path(path, name) for name in sorted(names) if is_image_name(name) or not name.startswith("."))

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import PurePosixPath
 from typing import Any
 
 from cocoa_embed.data.image_folder import METADATA_FILES
 from cocoa_embed.data.places import file_system, is_gone, mtime_of, open_binary, reading
 from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
-from cocoa_embed.images.find_files import IMAGE_SUFFIXES
+from cocoa_embed.images.find_files import is_image_name
 from cocoa_embed.images.http import Fetcher
 from cocoa_embed.images.load import check_size
 from cocoa_embed.images.passed_over import PassedOver
-from cocoa_embed.sources.base import Record, Shard
+from cocoa_embed.images.urls import is_web
+from cocoa_embed.sources.base import Record, Shard, is_below, relative_key
 from cocoa_embed.sources.files import files_of
-from cocoa_embed.sources.shard_files import is_below, json_values, relative_key
+from cocoa_embed.sources.shard_files import json_values
 from cocoa_embed.sources.tables import table_rows
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class RemoteImages:
         described: Mapping[str, tuple[dict[str, Any], str]],
         checked: frozenset[str],
     ) -> Iterator[Record]:
-        """Yield images, by address, with what is said about them; each is downloaded when it is read."""
+        """Yield images, by address, with their metadata; each is downloaded when it is read."""
         for address, info in sorted(files.items()):
             size = info.get("size")
             metadata, source = described.get(address, ({}, None))
@@ -77,7 +77,7 @@ class RemoteImages:
             )
 
     def _is_found(self, address: str) -> bool:
-        return is_image(address) and not self.passed_over.has_file(address, self.root, remote_start)
+        return is_image_name(address) and not self.passed_over.has_file(address, self.root, remote_start)
 
     @property
     def name(self) -> str:
@@ -92,11 +92,6 @@ class RemoteImages:
         """Return whether the key is below the address; where nothing is left, also in a file that was there."""
         is_inside = self.root != "" and (key == self.root or is_below(key, self.root))
         return key in (self.files or ()) or (is_inside and ("#" not in key or self.files == {}))
-
-
-def is_image(name: str) -> bool:
-    """Return whether a name has the suffix of an image."""
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def remote_start(address: str) -> bytes:
@@ -151,11 +146,6 @@ def walk(root: str, passed_over: PassedOver) -> Iterator[tuple[str, dict[str, di
         raise
     except Exception as error:  # remote file systems raise nearly anything
         raise ImageError(printable(root), f"cannot be listed ({one_line(error)})") from error
-
-
-def is_web(text: object) -> bool:
-    """Return whether a value is an http or https address."""
-    return isinstance(text, str) and text[:8].lower().startswith(("http://", "https://"))
 
 
 @lru_cache(maxsize=4)

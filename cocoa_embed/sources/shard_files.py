@@ -7,14 +7,13 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from cocoa_embed.data.image_folder import without_blank_texts
 from cocoa_embed.data.places import Place, is_gone, modified_at, version_of
 from cocoa_embed.errors import CocoaError, ImageError, MissingExtraError, one_line, printable
 from cocoa_embed.images.passed_over import PassedOver
-from cocoa_embed.sources.base import Record, Shard, SourceOptions, as_json, storable
+from cocoa_embed.sources.base import Record, Shard, SourceOptions, as_json, is_below, relative_key, storable
 from cocoa_embed.sources.files import files_of, is_deleted
 
 READER = 2
@@ -22,7 +21,7 @@ READER = 2
 again once, and embeds only what is new."""
 
 RECORDS_AHEAD = 16
-"""Records that are read before they are asked for."""
+"""Records that are read before they are consumed."""
 
 
 class Kind(NamedTuple):
@@ -34,8 +33,9 @@ class Kind(NamedTuple):
     read: Callable[[ShardFile], Iterator[Record]]
     """Yields the records in order; raises anything, after the good ones, if the file cannot be read to its end."""
     package: str
-    """What reads it, and the extra that installs that."""
+    """The package that reads it."""
     extra: str
+    """The extra that installs the package."""
     settings: tuple[str, ...] = ()
     """The fields of ``SourceOptions`` that decide which records a file has."""
     is_versioned: bool = True
@@ -44,7 +44,7 @@ class Kind(NamedTuple):
     """Returns the bytes of one image: of the opened file, of this key, the image of this name. None if the images are
     not in the file."""
     beside: Callable[[Place], Place | None] | None = None
-    """Returns the place of another file that describes the images, if there may be one."""
+    """Returns the place of another file that would describe the images; None if none could."""
 
 
 @dataclass(frozen=True)
@@ -178,22 +178,11 @@ class ShardFiles:
         return frozenset(storable(str(place)) for place, _ in self.files)
 
     def is_deleted(self, key: str) -> bool:
-        """Return whether there is certainly no file any more that has had the image."""
+        """Return whether the file that held the image is certainly gone."""
         if "://" not in key:
             return is_deleted(key)
         files = files_of(key)
         return files != [] and all(map(is_gone, files))
-
-
-def is_below(key: str, root: str) -> bool:
-    """Return whether a path or an address is in a folder."""
-    return key.startswith(root.rstrip("/") + "/")
-
-
-def relative_key(key: str, root: str | None) -> str:
-    """Return a key below a folder or an address; the name of the file if it is elsewhere."""
-    is_inside = root is not None and is_below(key, root)
-    return key[len(str(root).rstrip("/")) + 1 :] if is_inside else PurePosixPath(key).name
 
 
 def json_values(values: Mapping[str, Any]) -> dict[str, Any]:

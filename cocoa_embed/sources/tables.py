@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -40,8 +40,7 @@ def read_table(file: ShardFile) -> Iterator[Record]:
     later, empty = list[str](), list[str]()
     for batch in batches(file.place):
         if named is None:
-            named = image_columns(batch)
-            empty = empty_columns(batch, named)
+            named, empty = image_columns(batch)
         if not named:
             raise ImageError(file.key, f"has no images (columns: {', '.join(batch.schema.names)}); a column of images"
                              " has bytes, or {bytes, path}")  # fmt: skip
@@ -51,8 +50,8 @@ def read_table(file: ShardFile) -> Iterator[Record]:
         for number, row in enumerate(batch.select(others).to_pylist(), first):
             for column in (*named, *later):
                 cell = batch[column][number - first].as_py()
-                for place, (content, path) in enumerate(_images(cell, file.key)):
-                    name = _name(number, "" if named == [column] else column, place)
+                for position, (content, path) in enumerate(_images(cell, file.key)):
+                    name = _name(number, "" if named == [column] else column, position)
                     yield file.make_record(name, content, {**row, **({"file_name": path} if path else {})})
         first += batch.num_rows
 
@@ -65,18 +64,20 @@ def read_cell(opened: BinaryIO, file: str, name: str) -> bytes:
     """
     key = printable(f"{file}#{name}")
     digits = re.match(r"\d+", name)
-    named, row = ([], {}) if digits is None else image_cells(opened, file, int(digits[0]))
-    for column, cell in row.items():
-        for place, (content, _) in enumerate(_images(cell, key)):
-            if digits is not None and name == _name(int(digits[0]), "" if named == [column] else column, place):
-                return give(content)
+    if digits is not None:
+        number = int(digits[0])
+        named, row = image_cells(opened, file, number)
+        for column, cell in row.items():
+            for position, (content, _) in enumerate(_images(cell, key)):
+                if name == _name(number, "" if named == [column] else column, position):
+                    return give(content)
     raise ImageError(key, "is no image in the table")
 
 
 def image_cells(opened: BinaryIO, file: str, number: int) -> tuple[list[str], dict[str, Any]]:
-    """Return the columns that begin with images, and what a row has in them and in those that begin empty, by column.
+    """Return the columns that begin with images, and a row's cells in them and in those that begin empty, by column.
 
-    There is nothing if there is no such row.
+    Both are empty if there is no such row.
     """
     import pyarrow.parquet as parquet
 
@@ -85,9 +86,8 @@ def image_cells(opened: BinaryIO, file: str, number: int) -> tuple[list[str], di
         table = parquet.ParquetFile(opened, buffer_size=BUFFER_BYTES)
         named = columns = [field.name for field in table.schema_arrow if _holds_bytes(field.type)]
         if len(columns) > 1:
-            beginning = next(table.iter_batches(ROWS_AT_ONCE, columns=columns))
-            named = image_columns(beginning)
-            columns = [*named, *empty_columns(beginning, named)]
+            named, empty = image_columns(next(table.iter_batches(ROWS_AT_ONCE, columns=columns)))
+            columns = [*named, *empty]
         starts = [0, *accumulate(table.metadata.row_group(group).num_rows for group in range(table.num_row_groups))]
         group = max(0, bisect_right(starts[:-1], number) - 1)
         first, rows = starts[group], table.iter_batches(ROWS_AT_ONCE, [group], columns)
@@ -95,8 +95,8 @@ def image_cells(opened: BinaryIO, file: str, number: int) -> tuple[list[str], di
         rows = batches_of(opened, file)
     for batch in rows:
         if columns is None:
-            named = image_columns(batch)
-            columns = [*named, *empty_columns(batch, named)]
+            named, empty = image_columns(batch)
+            columns = [*named, *empty]
         if number < first + batch.num_rows:
             return named, {column: batch[column][number - first].as_py() for column in columns}
         first += batch.num_rows
@@ -141,7 +141,7 @@ def has_addresses(place: Place) -> bool:
     batch = None
     with suppress(Exception):  # reading it to its end says what is wrong
         batch = next(batches(place), None)
-    return batch is not None and not image_columns(batch) and address_column(batch.schema.names) is not None
+    return batch is not None and image_columns(batch) == ([], []) and address_column(batch.schema.names) is not None
 
 
 def address_column(names: Iterable[str]) -> str | None:
@@ -169,16 +169,14 @@ def table_rows(place: Place) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from ((str(number), {} if isinstance(row, RowError) else row) for number, row in enumerate(rows))
 
 
-def image_columns(batch: pa.RecordBatch) -> list[str]:
-    """Return the columns that hold the bytes of images: of several that hold bytes, those whose first are an image."""
+def image_columns(batch: pa.RecordBatch) -> tuple[list[str], list[str]]:
+    """Return the columns of images, and columns of bytes without a value in this batch, which may hold images later.
+
+    Of several columns of bytes, those whose first bytes are an image hold images; if there are none, all do.
+    """
     names = [field.name for field in batch.schema if _holds_bytes(field.type)]
-    return [name for name in names if _begins_with_image(batch[name])] or names
-
-
-def empty_columns(batch: pa.RecordBatch, named: Collection[str]) -> list[str]:
-    """Return the other columns that may hold the bytes of images, and hold none yet: those of optional images."""
-    others = (field.name for field in batch.schema if _holds_bytes(field.type) and field.name not in named)
-    return [name for name in others if _first_content(batch[name]) is None]
+    named = [name for name in names if _begins_with_image(batch[name])] or names
+    return named, [name for name in names if name not in named and _first_content(batch[name]) is None]
 
 
 def _begins_with_image(cells: pa.Array) -> bool:
@@ -223,9 +221,9 @@ def _images(cell: Any, name: str) -> Iterator[tuple[bytes | ImageError, str | No
             yield error, None
 
 
-def _name(row: int, column: str, place: int) -> str:
-    """Return the name of an image: the row, with the column if there are several, and the place in a list."""
-    return str(row) + (f":{column}" if column else "") + (f"[{place}]" if place else "")
+def _name(row: int, column: str, position: int) -> str:
+    """Return the name of an image: the row, with the column if there are several, and the position in a list."""
+    return str(row) + (f":{column}" if column else "") + (f"[{position}]" if position else "")
 
 
 KIND = Kind("table", (".parquet", ".arrow"), read_table, "pyarrow", "tables", read_one=read_cell)

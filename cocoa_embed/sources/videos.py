@@ -1,4 +1,4 @@
-"""Frames of videos, one every so many seconds."""
+"""Frames of videos, taken at regular intervals."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -13,6 +13,7 @@ from llama_index.core.base.embeddings.base import Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.embeddings import MultiModalEmbedding
 from llama_index.core.schema import BaseNode, ImageType
+from llama_index.core.utils import iter_batch
 
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
 from cocoa_embed.encode.load import load_encoder, require_findable
@@ -136,7 +137,7 @@ class CocoaEmbedding(MultiModalEmbedding):
         """
         images, both, texts = self._split(nodes)
         set_embeddings(images, self.get_image_embedding_batch([image for _, image in images], **kwargs))
-        for batch in self._batches(both):
+        for batch in iter_batch(both, self.embed_batch_size):
             set_embeddings(batch, self._get_illustrated_embeddings(batch))
         super().__call__(texts, **kwargs)
         return nodes
@@ -148,7 +149,7 @@ class CocoaEmbedding(MultiModalEmbedding):
         """
         images, both, texts = self._split(nodes)
         set_embeddings(images, await self.aget_image_embedding_batch([image for _, image in images], **kwargs))
-        for batch in self._batches(both):
+        for batch in iter_batch(both, self.embed_batch_size):
             set_embeddings(batch, await self._in_thread(self._get_illustrated_embeddings, batch))
         await super().acall(texts, **kwargs)
         return nodes
@@ -168,10 +169,6 @@ class CocoaEmbedding(MultiModalEmbedding):
             else:
                 (both if takes_both and text_of(node) else images).append((node, image))
         return images, both, texts
-
-    def _batches(self, pairs: list[Illustrated]) -> Iterator[list[Illustrated]]:
-        for start in range(0, len(pairs), self.embed_batch_size):
-            yield pairs[start : start + self.embed_batch_size]
 
     def _get_illustrated_embeddings(self, pairs: list[Illustrated]) -> list[Embedding]:
         items = [make_input(text_of(node), load_source(image, self.allowed_hosts)) for node, image in pairs]

@@ -39,8 +39,9 @@ TEXT_KEYS = ("caption", "text", "page_content")
 URL_SAFE = str.maketrans("-_", "+/")
 """From the characters of URL-safe base64 to those of the usual one."""
 CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f\ufffd]")
-BINARY_SAMPLE, BINARY_CONTROLS, BINARY_SHARE = 2000, 4, 0.05
-"""A text is binary if of so many characters at its start at least so many, and this share, are control characters."""
+BINARY_SAMPLE, BINARY_CONTROLS, BINARY_RATIO = 2000, 4, 0.05
+"""A text is binary if of so many characters at its start at least so many, and more than this ratio, are control
+characters."""
 
 
 def image_of(node: BaseNode) -> str | BytesIO | None:
@@ -94,7 +95,7 @@ def refuse_binary(text: str) -> None:
     """
     start = text[:BINARY_SAMPLE]
     controls = len(CONTROLS.findall(start))
-    if controls >= BINARY_CONTROLS and controls > BINARY_SHARE * len(start):
+    if controls >= BINARY_CONTROLS and controls > BINARY_RATIO * len(start):
         raise CocoaError(
             f"the text {start[:20]!a}... is the content of a binary file, such as an image, and not text;"
             " SimpleDirectoryReader reads images so unless llama-index-readers-file is installed: install it, or index"

@@ -260,11 +260,8 @@ class QdrantIndexer(Searcher):
                 " choose another collection"
             )
         embed = self._embed or (signature.embed if signature else base.IMAGE)
-        encoder.require_images(with_text=embed == base.TOGETHER)
-        vectors = encoder.most_vectors
-        base.refuse_both(embed, vectors)
-        self.store.create(Signature(encoder.name, encoder.fingerprint, encoder.dimension, embed, vectors))
-        return encoder.truncate(encoder.dimension, vectors)
+        self.store.create(base.signature_of(encoder, embed))
+        return encoder.truncate(encoder.dimension, encoder.most_vectors)
 
     def _open_manifest(self, fingerprint: str | None) -> Manifest:
         """Return the manifest of the collection; in memory if the collection is."""
@@ -278,20 +275,21 @@ class QdrantIndexer(Searcher):
         :raises CocoaError: If another model made the collection, or it has another dimension.
         """
         encoder = self._whole_encoder()
+        dimension = self._dimension
         if signature is not None and signature.fingerprint:
             signature.require_vectors(encoder.most_vectors, encoder.name, self.store.name, "collection")
-        if signature is not None and signature.fingerprint not in (None, encoder.fingerprint):
-            raise CocoaError(
-                f"{self.store.name} was made with {signature.model} (fingerprint {signature.fingerprint:.12}), not with"
-                f" {encoder.name} ({encoder.fingerprint:.12}); choose another collection, or the model that made it,"
-                " with its --max-pixels"
-            )
-        if signature is not None and signature.fingerprint and self._embed not in (None, signature.embed):
-            raise CocoaError(
-                f"{self.store.name} was made with --embed {signature.embed}, not with --embed {self._embed}; leave"
-                " --embed out (embed= in Python), or choose another collection"
-            )
-        dimension = self._dimension or (signature.dimension if signature and signature.fingerprint else None)
+            if signature.fingerprint != encoder.fingerprint:
+                raise CocoaError(
+                    f"{self.store.name} was made with {signature.model} (fingerprint {signature.fingerprint:.12}), not"
+                    f" with {encoder.name} ({encoder.fingerprint:.12}); choose another collection, or the model that"
+                    " made it, with its --max-pixels"
+                )
+            if self._embed not in (None, signature.embed):
+                raise CocoaError(
+                    f"{self.store.name} was made with --embed {signature.embed}, not with --embed {self._embed}; leave"
+                    " --embed out (embed= in Python), or choose another collection"
+                )
+            dimension = dimension or signature.dimension
         if dimension not in (None, encoder.dimension):
             encoder = encoder.truncate(dimension)
         if signature is not None and signature.dimension != encoder.dimension:

@@ -133,27 +133,21 @@ def stored_locations(stored: Mapping[str, Any]) -> list[FileLocation]:
 
 
 def with_node_fields(fields: Payload) -> Payload:
-    """Return a payload of the indexer with the fields that LlamaIndex reads; it has none of them yet."""
-    return {**fields, **node_fields(point_id(fields["sha256"]), without({REVISION}, fields))}
+    """Return a payload of the indexer with the fields that LlamaIndex reads; it has none of them yet.
 
-
-def node_fields(node_id: str, fields: Payload) -> Payload:
-    """Return what ``llama_index.core.vector_stores.utils.node_to_metadata_dict`` adds to a node's metadata.
-
-    Written out here so that the indexer works without LlamaIndex; a test compares the two. The node's source document
-    is the point itself, so that deleting by document id deletes the point.
-
-    :param node_id: The id of the point.
-    :param fields: The node's metadata: the payload without these fields.
+    They are what ``llama_index.core.vector_stores.utils.node_to_metadata_dict`` adds to a node's metadata, written out
+    here so that the indexer works without LlamaIndex; a test compares the two. The node's source document is the point
+    itself, so that deleting by document id deletes the point.
     """
+    node_id, metadata = point_id(fields["sha256"]), without({REVISION}, fields)
     source: Payload = {"node_id": node_id, "node_type": "4", "metadata": {}, "hash": None}
     source["class_name"] = "RelatedNodeInfo"
     node = {
         "id_": node_id,
         "embedding": None,
-        "metadata": fields,
-        "excluded_embed_metadata_keys": sorted(fields),
-        "excluded_llm_metadata_keys": sorted(key for key in fields if key not in LLM_KEYS or not fields[key]),
+        "metadata": metadata,
+        "excluded_embed_metadata_keys": sorted(metadata),
+        "excluded_llm_metadata_keys": sorted(key for key in metadata if key not in LLM_KEYS or not metadata[key]),
         "relationships": {"1": source},
         "metadata_template": "{key}: {value}",
         "metadata_separator": "\n",
@@ -170,7 +164,7 @@ def node_fields(node_id: str, fields: Payload) -> Payload:
         "class_name": "ImageNode",
     }
     ids = dict.fromkeys(("document_id", "doc_id", "ref_doc_id"), node_id)
-    return {"_node_content": json.dumps(node, ensure_ascii=False), "_node_type": "ImageNode", **ids}
+    return {**fields, "_node_content": json.dumps(node, ensure_ascii=False), "_node_type": "ImageNode", **ids}
 
 
 def plain_payload(stored: Mapping[str, Any]) -> Payload:

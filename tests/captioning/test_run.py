@@ -210,7 +210,7 @@ def test_broken_and_refused_images_are_reported_beside_the_others_of_their_batch
 
 def test_several_rows_of_an_image_are_kept_if_one_of_them_says_enough(blank: Path) -> None:
     rows = [{"filename": "1.png", "caption": text} for text in ("blank", "a blank image, one wide", " ")]
-    (blank / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"filename": "2.png"}]))
+    write_table(blank / "metadata.jsonl", [*rows, {"filename": "2.png"}])
     run = caption_run(blank, Namer())
     list(run.caption())
     assert (run.summary["kept"], run.summary["captioned"], run.summary["failed"]) == (1, 6, [])

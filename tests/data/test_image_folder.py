@@ -83,6 +83,14 @@ def test_other_usual_names_of_the_columns_are_read(tmp_path: Path, file_column: 
     assert first.others == {"captions": None}
 
 
+def test_a_cell_that_only_begins_as_a_list_is_a_text(tmp_path: Path) -> None:
+    write_images(tmp_path, "a")
+    (tmp_path / "metadata.csv").write_text(f"file_name,captions\na.png,{'[' * 100_000}\n")
+    (row,) = read_metadata(tmp_path / "metadata.csv")
+    assert isinstance(row, DescribedImage)
+    assert row.columns["captions"] == "[" * 100_000
+
+
 def test_a_table_that_names_no_images_is_one_error(tmp_path: Path) -> None:
     metadata = write_table(tmp_path / "metadata.csv", [{"picture": "a.png", "text": "a ring"}] * 2)
     with pytest.raises(CocoaError, match=r"no column that names the images \(columns found: picture, text\); call it"):

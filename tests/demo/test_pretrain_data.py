@@ -109,7 +109,7 @@ def test_the_images_in_memory_are_no_larger_than_crops_need(photos: Path) -> Non
 
 def test_augmentation_off_is_the_whole_image_and_flip_mirrors_half() -> None:
     image = torch.arange(3 * 28 * 28).reshape(3, 28, 28).remainder(251).byte()
-    assert torch.equal(vary(image, 28, PLAIN.model_copy(update={"scale": 1.0}), FixedRatio(0)), image)
+    assert torch.equal(vary(image, 28, PLAIN, FixedRatio(0)), image)
     mirrored = [
         torch.equal(vary(image, 28, PLAIN.model_copy(update={"flip": True}), FixedRatio(seed)), image.flip(2))
         for seed in range(40)

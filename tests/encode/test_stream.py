@@ -192,14 +192,17 @@ def test_batches_hold_images_of_similar_sizes_within_the_token_limit() -> None:
     assert {width: max(len(batch) for batch in batches if batch[0] == width) for width in (10, 30)} == {10: 8, 30: 4}
 
 
-def test_an_error_of_the_input_is_raised_after_its_images() -> None:
-    def images() -> Iterator[tuple[int, Image.Image]]:
+@pytest.mark.parametrize(("is_malformed", "reason"), [(False, "the disk is gone"), (True, "cannot unpack")])
+def test_an_error_of_the_input_is_raised_after_its_images(is_malformed: bool, reason: str) -> None:
+    def images() -> Iterator[Any]:
         yield from pictures(30)
+        if is_malformed:
+            yield 30
         raise OSError("the disk is gone")
 
     outcomes = Encoder(FakeModel()).stream_images(images(), batch_size=4)
     assert [next(outcomes)[0] for _ in range(30)] == list(range(30))
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises((OSError, TypeError), match=reason):
         next(outcomes)
 
 

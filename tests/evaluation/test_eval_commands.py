@@ -13,10 +13,8 @@ from fake_model import COLOURS
 from scored_model import ScoredModel, subset_rows, write_benchmark, write_captioned, write_subset
 from tiny_backbones import tiny_clip_model
 
-from cocoa_embed.cli import evaluate
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.evaluation import embed
 from cocoa_embed.model import loading
 
 Run = Callable[..., Result]
@@ -156,7 +154,3 @@ def test_the_first_models_scores_are_shown_and_kept_if_the_second_model_fails(pa
 @pytest.mark.usefixtures("models")
 def test_a_third_model_is_refused(pairs: Run) -> None:
     assert "2 --model was given 3 times" in pairs("ours", "--model", "ours", "--model", "ours").error()
-
-
-def test_the_commands_have_the_librarys_default() -> None:
-    assert evaluate.BATCH_TOKENS == embed.BATCH_TOKENS

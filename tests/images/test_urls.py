@@ -3,7 +3,7 @@ from ipaddress import ip_address
 import pytest
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.images.urls import Refused, is_public, next_address, read_address, read_rule, shown_address
+from cocoa_embed.images.urls import Refused, is_public, next_address, parse_address, parse_rule, shown_address
 
 NOT_PUBLIC = """
 127.0.0.1 127.8.9.10 0.0.0.0 10.0.0.1 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 192.0.0.8 192.0.2.1 192.88.99.1
@@ -51,7 +51,7 @@ def test_a_redirect_from_https_to_http_is_refused() -> None:
 def test_a_rule_allows_its_hosts_and_no_others(rule: str, allowed: list[str], refused: list[str]) -> None:
     def is_allowed(address: str) -> bool:
         try:
-            return read_rule(rule).allows(read_address(address))
+            return parse_rule(rule).allows(parse_address(address))
         except Refused:
             return False
 
@@ -65,7 +65,7 @@ def test_a_rule_allows_its_hosts_and_no_others(rule: str, allowed: list[str], re
 )
 def test_a_malformed_rule_is_wrong_usage(rule: str) -> None:
     with pytest.raises(UsageError, match=r"is not an allowed host .* give example\.com"):
-        read_rule(rule)
+        parse_rule(rule)
 
 
 def test_an_address_is_shown_without_its_secrets() -> None:

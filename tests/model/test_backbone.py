@@ -24,7 +24,7 @@ from cocoa_embed.model.backbone import (
     read_processor,
     resolve_backbone,
 )
-from cocoa_embed.model.families.registry import family_of_images
+from cocoa_embed.model.families.registry import family_of, family_of_images
 from cocoa_embed.model.template import eos_tokens
 from cocoa_embed.train.stages.rendering import render_items
 
@@ -195,7 +195,7 @@ def test_every_sequence_ends_in_eos_and_keeps_its_visual_tokens(
     ids = batch["input_ids"][0, :length]
     assert (ids == processor.tokenizer.eos_token_id).nonzero().tolist() == [[length - 1]]
     if size is not None:
-        geometry = tiny_backbone.geometry
+        geometry = family_of(tiny_backbone.model.config).geometry
         patches = visual_tokens(tiny_backbone, ids) * geometry.patches_per_token
         assert int(batch["image_grid_thw"].prod()) == patches
         assert batch["pixel_values"].shape == (patches, geometry.patch_width) == (patches, 1176)

@@ -14,6 +14,7 @@ import yaml
 from exported import PROMPTS, TRAINING, contents
 from sentence_transformers import SentenceTransformer
 from tiny_backbones import TINY_MAX_LENGTH
+from torch.nn.functional import normalize
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
@@ -88,45 +89,40 @@ def test_special_tokens_that_a_text_mentions_are_its_characters_alone_and_in_a_b
     assert distances[~np.eye(len(items), dtype=bool)].min() > 1e-3
 
 
+@torch.no_grad()
+def hidden_states(checkpoint: Path, items: list[Item], prompt: str = "") -> list[torch.Tensor]:
+    """Return the last hidden states of items ``[L, D]``, which end in ``<EOS>``, by the training code, one by one."""
+    backbone = load_backbone(str(checkpoint))
+    model, eos = backbone.model.eval(), backbone.processor.tokenizer.eos_token_id
+    batches = [render_items(backbone.processor, [item], prompt=prompt) for item in items]
+    for batch in batches:
+        assert (batch["input_ids"][0] == eos).nonzero().flatten().tolist() == [batch["input_ids"].shape[1] - 1]
+    return [model.base_model(**batch).last_hidden_state[0] for batch in batches]
+
+
 def test_an_embedding_is_the_normalised_last_hidden_state_at_eos(
     model: SentenceTransformer, checkpoint: Path, scene_rows: list[Row]
 ) -> None:
-    """Computed from the checkpoint by the training code, one item at a time."""
-    backbone = load_backbone(str(checkpoint))
-    backbone.model.eval()
     items = [Item(text=LONG_TEXT), Item(images=(scene_rows[1].image,), text="what is left of the ring?")]
-    expected = []
-    for item in items:
-        batch = render_items(backbone.processor, [item])
-        eos = (batch["input_ids"][0] == backbone.processor.tokenizer.eos_token_id).nonzero().flatten()
-        assert eos.tolist() == [batch["input_ids"].shape[1] - 1]
-        with torch.no_grad():
-            hidden_states = backbone.model.base_model(**batch).last_hidden_state
-        expected.append(torch.nn.functional.normalize(hidden_states[0, eos[0]], dim=0).numpy())
-    np.testing.assert_allclose(model.encode([item.load() for item in items]), np.stack(expected), **SAME)
+    expected = normalize(torch.stack([states[-1] for states in hidden_states(checkpoint, items)])).numpy()
+    np.testing.assert_allclose(model.encode([item.load() for item in items]), expected, **SAME)
 
 
 def test_a_mean_pooled_embedding_is_the_normalised_mean_over_all_tokens_without_padding(
     checkpoint: Path, scene_rows: list[Row], tmp_path: Path
 ) -> None:
-    """Visual tokens, prompt and ``<EOS>`` count; computed by the training code, one item at a time."""
+    """Visual tokens, prompt and ``<EOS>`` count."""
     mean = Path(shutil.copytree(checkpoint, tmp_path / "mean"))
     training = {**TRAINING, "recipe": {**TRAINING["recipe"], "pooling": "mean"}}
     (mean / TRAINING_FILE).write_text(json.dumps(training), encoding="utf-8")
     exported = SentenceTransformer(str(export_model(mean, tmp_path / "exported")), device="cpu")
-    backbone = load_backbone(str(checkpoint))
-    backbone.model.eval()
     items = [Item(text="a red ring"), Item(images=(scene_rows[1].image,), text="what is left of the ring?")]
-    expected = []
-    for item in items:
-        batch = render_items(backbone.processor, [item], prompt=PROMPTS["query"])
-        with torch.no_grad():
-            hidden_states = backbone.model.base_model(**batch).last_hidden_state
-        expected.append(torch.nn.functional.normalize(hidden_states[0].mean(dim=0), dim=0).numpy())
+    states = hidden_states(checkpoint, items, prompt=PROMPTS["query"])
+    expected = normalize(torch.stack([each.mean(dim=0) for each in states])).numpy()
     loaded = [item.load() for item in items]
-    np.testing.assert_allclose(exported.encode_query(loaded), np.stack(expected), **SAME)
+    np.testing.assert_allclose(exported.encode_query(loaded), expected, **SAME)
     with_eos = build_sentence_transformer(checkpoint, prompts=PROMPTS, device="cpu")
-    assert np.abs(with_eos.encode_query(loaded) - np.stack(expected)).max() > 1e-2
+    assert np.abs(with_eos.encode_query(loaded) - expected).max() > 1e-2
 
 
 def test_exported_again_it_has_the_same_files_and_embeddings(

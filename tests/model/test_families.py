@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.images.load import load_image
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.export import export_model
@@ -24,8 +23,8 @@ from cocoa_embed.model.families.squares import Squares
 from cocoa_embed.model.forward_inputs import HostInputs
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
+from cocoa_embed.train.stages.contrastive.inputs import preprocess_items
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer
-from cocoa_embed.train.stages.contrastive.patches import preprocess_items
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.stage import Contrastive
 from cocoa_embed.train.stages.rendering import render_items
@@ -78,11 +77,7 @@ def test_the_plain_export_embeds_as_the_model_does_in_training(
     items = [Item("a red ring"), Item(images=(scene_rows[0].image,)), Item("blue", images=(scene_rows[1].image,))]
     with torch.no_grad():
         ours = model(preprocess_items(model, items))["sentence_embedding"].numpy()
-    given = [
-        {name: value for name, value in parts.items() if value}
-        for parts in ({"text": item.text, "image": item.images and load_image(item.images[0])} for item in items)
-    ]
-    np.testing.assert_allclose(exported.encode(given), ours, atol=1e-5)
+    np.testing.assert_allclose(exported.encode([item.load() for item in items]), ours, atol=1e-5)
     assert np.abs(ours[1] - ours[2]).max() > 1e-3
 
 
@@ -118,8 +113,7 @@ def test_inputs_are_equal_in_training_and_in_inference(
 ) -> None:
     path = scene_rows[0].image
     in_training = render_items(tiny_backbone.processor, [Item(text=f"{prompt}{text or ''}" or None, images=(path,))])
-    given = {"image": Image.open(path).convert("RGB")} | ({} if text is None else {"text": text})
-    in_inference = exported.preprocess([given], prompt=prompt or None)
+    in_inference = exported.preprocess([Item(text, (path,)).load()], prompt=prompt or None)
     family = family_of(tiny_backbone.model.config)
     if isinstance(family, Squares):  # whose stock class takes whole images
         in_training = stock_inputs(tiny_backbone.model, in_training) | {"image_digests": in_training["image_digests"]}

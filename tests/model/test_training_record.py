@@ -13,9 +13,9 @@ from cocoa_embed.model.loading import check_model
 from cocoa_embed.model.training_record import (
     RUN_FILE,
     TRAINING_FILE,
-    explain_unfinished,
     read_run,
     read_training,
+    refuse_unfinished,
     run_of,
     write_run,
 )
@@ -48,9 +48,9 @@ def test_snapshots_and_finished_stages_are_not_unfinished(stopped: Path) -> None
     kept = stopped / "warmup" / "step-5"
     kept.mkdir(parents=True)
     (kept / TRAINING_FILE).write_text("{}")
-    assert explain_unfinished(kept) is None
+    refuse_unfinished(kept)
     write_run(stopped, {"stages": {"warmup": {"finished": True}}})
-    assert explain_unfinished(stopped / "warmup") is None
+    refuse_unfinished(stopped / "warmup")
     with pytest.raises(CocoaError, match="is no checkpoint: it needs"):
         read_training(stopped / "warmup")
 

@@ -2,9 +2,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from fake_qdrant import SIGNATURE, fake_server
+from fake_qdrant import SIGNATURE, FakeServer, fake_server
 
 from cocoa_embed.integrations.qdrant.stores import base, open_store
 from cocoa_embed.integrations.qdrant.stores.options import StoreOptions
@@ -18,9 +19,28 @@ def few_payload_indexes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def opener(backend: str, tmp_path: Path) -> Iterator[Callable[..., Store]]:
+def server() -> Iterator[FakeServer]:
+    with fake_server() as server:
+        yield server
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that a store would have waited before further attempts."""
+    waits: list[float] = []
+    monkeypatch.setattr("tenacity.nap.time", Mock(sleep=waits.append))
+    return waits
+
+
+@pytest.fixture(params=["client", "path", "url", "edge"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def opener(backend: str, server: FakeServer, tmp_path: Path) -> Iterator[Callable[..., Store]]:
     """Opens a collection in one backend; folders are in ``tmp_path``."""
-    with fake_server() as server, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         locations: dict[str, Any] = {"client": server.client, "url": server.url}
 
         def open_(collection: str = "images", folder: str = "store", **options: Any) -> Store:

@@ -127,8 +127,8 @@ def counts(summary: IndexSummary) -> tuple[int, ...]:
 
 
 def test_a_complete_shard_is_skipped_and_its_images_count_as_unchanged(world: World) -> None:
-    world.one.records = None  # type: ignore[method-assign, assignment] - not even listed
-    world.other.records = None  # type: ignore[method-assign, assignment]
+    world.one.records = None  # not even listed
+    world.other.records = None
     assert counts(world.run()) == (0, 10, 0, 0, 0, 0)
     shards = sorted(str(payload["shard"]) for _, payload in world.store.scan(["shard"]))
     assert shards == ["/data/one.tar"] * 4 + ["/data/other.tar"] * 4 + [str(["/data/one.tar", "/data/other.tar"])]
@@ -200,10 +200,10 @@ def test_a_killed_run_has_remembered_the_shards_that_have_no_stale_points(
         yield Record("/data/p/x.bmp", "x.bmp", lambda: image(number), float(number))
 
     folder = Archive("/data/p", "", {})
-    folder.records = lambda: photograph(4)  # type: ignore[method-assign]
+    folder.records = lambda: photograph(4)
     world.source.shards_.insert(0, folder)
     assert world.run().updated == 1, "of a content that both archives hold"
-    folder.records = lambda: photograph(60)  # type: ignore[method-assign]
+    folder.records = lambda: photograph(60)
     world.one.version, world.other.version = "2", "2"
     world.one.contents["0.bmp"] = image(50)
     with monkeypatch.context() as patch:
@@ -211,7 +211,7 @@ def test_a_killed_run_has_remembered_the_shards_that_have_no_stale_points(
         with pytest.raises(KeyboardInterrupt):
             world.run()
     assert [world.manifest.shard(each.key) is None for each in (world.one, world.other)] == [True, False]
-    world.other.records = None  # type: ignore[method-assign, assignment] - not even listed
+    world.other.records = None  # not even listed
     assert [counts(world.run()), counts(world.run())] == [(0, 9, 0, 2, 0, 0), (0, 11, 0, 0, 0, 0)]
 
 

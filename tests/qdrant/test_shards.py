@@ -193,7 +193,9 @@ def test_a_run_that_ends_early_leaves_whole_files_only(job: Job) -> None:
     job.assert_loaded_is_indexed()
 
 
-def test_what_could_not_be_used_is_told_again_and_tried_on_request(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_could_not_be_used_is_reported_again_and_tried_on_request(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original, broken = shard_files.give, True
 
     def give(content: bytes | ImageError) -> bytes:
@@ -289,6 +291,7 @@ def test_processes_share_the_files_and_each_is_loaded_once(job: Job, tmp_path: P
     store.close()
 
 
+@pytest.mark.usefixtures("few_payload_indexes")
 @pytest.mark.parametrize("backend", ["path", "edge"])
 def test_local_stores_are_loaded_too(job: Job, backend: str, tmp_path: Path) -> None:
     job.embed()

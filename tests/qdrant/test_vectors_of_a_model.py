@@ -27,7 +27,7 @@ QUERY = "red blue"
 @pytest.fixture
 def indexer(tmp_path: Path) -> QdrantIndexer:
     write_colours(tmp_path / "colours", *COLOURS)
-    indexer = QdrantIndexer(SeveralVectors(), client=QdrantClient(":memory:"))  # type: ignore[arg-type]
+    indexer = QdrantIndexer(SeveralVectors(), client=QdrantClient(":memory:"))
     indexer.index(tmp_path / "colours", progress=False)
     return indexer
 
@@ -40,7 +40,7 @@ def stored(client: QdrantClient) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def test_all_vectors_are_stored_and_a_search_by_all_is_their_mean_max_sim(indexer: QdrantIndexer) -> None:
-    encoder = Encoder(SeveralVectors())  # type: ignore[arg-type]
+    encoder = Encoder(SeveralVectors())
     vectors = stored(indexer.store._opened)
     for colour in COLOURS:
         expected = encoder.truncate(None, 3).embed_documents([{"image": colour_image(colour)}])[0]
@@ -69,7 +69,7 @@ def test_examples_and_orientations_are_searched_by_all_vectors(indexer: QdrantIn
 def test_embeddings_in_files_are_those_that_indexing_stores(indexer: QdrantIndexer, tmp_path: Path) -> None:
     folder, client = EmbeddingFolder(str(tmp_path / "out")), QdrantClient(":memory:")
     sources = all_sources([tmp_path / "colours"], SourceOptions())
-    list(embed(plan(sources, folder), folder, Encoder(SeveralVectors())))  # type: ignore[arg-type]
+    list(embed(plan(sources, folder), folder, Encoder(SeveralVectors())))
     load(folder, open_store(collection="images", client=client))
     found, expected = stored(client), stored(indexer.store._opened)
     assert found.keys() == expected.keys()
@@ -86,34 +86,34 @@ def test_other_models_and_more_vectors_are_refused_with_the_way_out(indexer: Qdr
         indexer.search(QUERY, vectors=8)
     with pytest.raises(UsageError, match="vectors does not go together with diversity"):
         indexer.search(QUERY, vectors=2, diversity=0.5)
-    one = QdrantIndexer(FakeModel(), client=client)  # type: ignore[arg-type]
+    one = QdrantIndexer(FakeModel(), client=client)
     with pytest.raises(CocoaError, match="has 3 vectors a point, and the model makes one vector; choose another"):
         one.search(QUERY)
-    other = QdrantIndexer(FakeModel(), client=client, collection="single")  # type: ignore[arg-type]
+    other = QdrantIndexer(FakeModel(), client=client, collection="single")
     other.index(tmp_path / "colours", progress=False)
     with pytest.raises(UsageError, match=r"has one vector a point; leave vectors out"):
         other.search(QUERY, vectors=2)
-    several = QdrantIndexer(SeveralVectors(), client=client, collection="single")  # type: ignore[arg-type]
+    several = QdrantIndexer(SeveralVectors(), client=client, collection="single")
     with pytest.raises(CocoaError, match=r"has one vector a point, .*, or the export of the model with --vectors 1"):
         several.index(tmp_path / "colours", progress=False)
     client.create_collection("foreign", vectors_config=models.VectorParams(size=48, distance=models.Distance.COSINE))
-    foreign = QdrantIndexer(SeveralVectors(), client=client, collection="foreign")  # type: ignore[arg-type]
+    foreign = QdrantIndexer(SeveralVectors(), client=client, collection="foreign")
     with pytest.raises(CocoaError, match="has one vector a point, and the model makes 3 vectors; choose another"):
         foreign.index(tmp_path / "colours", progress=False)
-    of_one = QdrantIndexer(FakeModel(), client=client, collection="foreign")  # type: ignore[arg-type]
+    of_one = QdrantIndexer(FakeModel(), client=client, collection="foreign")
     assert of_one.index(tmp_path / "colours", progress=False).indexed == 4, "it was not signed for the other model"
-    both = QdrantIndexer(SeveralVectors(), client=client, collection="both", embed="both")  # type: ignore[arg-type]
+    both = QdrantIndexer(SeveralVectors(), client=client, collection="both", embed="both")
     with pytest.raises(UsageError, match="--embed both keeps one vector of an image and one of its caption, and"):
         both.index(tmp_path / "colours", progress=False)
 
 
 def test_a_caption_in_the_vectors_changes_all_of_them(tmp_path: Path) -> None:
     write_colours(tmp_path / "colours", "red")
-    indexer = QdrantIndexer(SeveralVectors(), client=QdrantClient(":memory:"), embed="image+caption")  # type: ignore[arg-type]
+    indexer = QdrantIndexer(SeveralVectors(), client=QdrantClient(":memory:"), embed="image+caption")
     for caption in ("blue", "green"):
         (tmp_path / "colours" / "metadata.jsonl").write_text(f'{{"file_name": "red.png", "text": "{caption}"}}')
         indexer.index(tmp_path / "colours", progress=False)
-        encoder = Encoder(SeveralVectors()).truncate(None, 3)  # type: ignore[arg-type]
+        encoder = Encoder(SeveralVectors()).truncate(None, 3)
         expected = encoder.embed_documents([{"image": colour_image("red"), "text": caption}])[0]
         ((first, every),) = stored(indexer.store._opened).values()
         np.testing.assert_allclose(every, expected, atol=1e-6)
@@ -121,7 +121,7 @@ def test_a_caption_in_the_vectors_changes_all_of_them(tmp_path: Path) -> None:
 
 
 def test_a_queue_before_the_model_gives_as_many_vectors() -> None:
-    plain = Encoder(SeveralVectors())  # type: ignore[arg-type]
+    plain = Encoder(SeveralVectors())
     batches = Batches(plain, 60)
     queued, item = BatchingEncoder(batches), [{"text": QUERY}]
     for dimension, count in ((None, 1), (None, 3), (6, 2)):

@@ -26,8 +26,14 @@ def storage(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def api(colours: Path, storage: dict[str, Any]) -> Iterator[TestClient]:
-    """The API over the four pictures."""
+def index(colours: Path, storage: dict[str, Any]) -> dict[str, Any]:
+    """The storage, with an index of the four pictures."""
     index_files(storage, colours)
-    with served(storage) as client:
+    return storage
+
+
+@pytest.fixture
+def api(index: dict[str, Any]) -> Iterator[TestClient]:
+    """The API over the four pictures."""
+    with served(index) as client:
         yield client

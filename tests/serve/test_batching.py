@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 
 from cocoa_embed.encode.encoder import BATCH_TOKENS, Encoder, ModelInput
 from cocoa_embed.errors import UsageError
+from cocoa_embed.images.load import load_image
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.serve.batching import BATCH_ITEMS, Batches, BatchingEncoder
@@ -105,11 +106,6 @@ def test_a_long_request_lets_others_pass(batches: Batches) -> None:
         encoder.embed_queries([{"text": "red"}] * count)
         done.append(name)
 
-    while_busy(batches, [lambda: work("long", 5 * BATCH_ITEMS)], BATCH_ITEMS)
-    model.opened.clear()
-    model.reached.clear()
-    model.sizes.clear()
-    done.clear()
     with ThreadPoolExecutor(2) as pool:
         long = pool.submit(work, "long", 5 * BATCH_ITEMS)
         assert model.reached.wait(60)
@@ -156,8 +152,6 @@ def test_a_hundred_concurrent_requests_to_a_real_model_get_the_embeddings_of_sin
     model: SentenceTransformer, scene_folder: Path
 ) -> None:
     files = sorted(scene_folder.glob("*.png"))
-    from cocoa_embed.images.load import load_image
-
     inputs: list[ModelInput] = [
         {"text": "large red circle " * (number % 7)}
         if number % 3

@@ -4,12 +4,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_model import FakeModel
-from served import KEY, index_files, message, served
+from served import KEY, message, served
 
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.serve.address import bind, check_address
@@ -17,31 +16,18 @@ from cocoa_embed.serve.address import bind, check_address
 JSON = {"content-type": "application/json"}
 
 
-@pytest.fixture
-def index(colours: Path, storage: dict[str, Any]) -> dict[str, Any]:
-    index_files(storage, colours)
-    return storage
-
-
-@pytest.mark.parametrize("given", [None, "Bearer", "Bearer wrong", KEY, f"Bearer {KEY} ", f"Basic {KEY}", "Bearer é"])
-def test_only_the_right_key_opens(given: str | None, index: dict[str, Any]) -> None:
-    headers = {} if given is None else {"Authorization": given.encode("latin-1")}
+def test_only_the_right_key_opens(index: dict[str, Any]) -> None:
+    paths = {"/info": "GET", "/search": "POST", "/image/x": "GET", "/v1/models": "GET", "/x": "GET"}
     with served(index, api_key=KEY) as client:
-        for method, path in (
-            ("GET", "/info"),
-            ("POST", "/search"),
-            ("GET", "/image/x"),
-            ("GET", "/v1/models"),
-            ("GET", "/x"),
-        ):
-            answer = client.request(method, path, headers=headers)
-            assert message(answer).startswith("401 send the server's API key")
-            assert answer.headers["www-authenticate"] == "Bearer"
-        assert client.get("/health", headers=headers).status_code == 200
-        assert (
-            client.get("/info", headers={"Authorization": f"Bearer {KEY}", "Host": "photos.example.com"}).status_code
-            == 200
-        )
+        for given in (None, "Bearer", "Bearer wrong", KEY, f"Bearer {KEY} ", f"Basic {KEY}", "Bearer é"):
+            headers = {} if given is None else {"Authorization": given.encode("latin-1")}
+            for path, method in paths.items():
+                answer = client.request(method, path, headers=headers)
+                assert message(answer).startswith("401 send the server's API key"), (given, path)
+                assert answer.headers["www-authenticate"] == "Bearer"
+            assert client.get("/health", headers=headers).status_code == 200
+        right = {"Authorization": f"Bearer {KEY}", "Host": "photos.example.com"}
+        assert client.get("/info", headers=right).status_code == 200
 
 
 def test_without_a_key_only_requests_to_this_machine_by_its_name_are_answered(index: dict[str, Any]) -> None:

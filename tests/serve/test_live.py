@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -30,12 +31,6 @@ def points(storage: dict[str, Any]) -> list[tuple[str, str, list[float]]]:
     with QdrantIndexer(None, **storage) as indexer:
         found = indexer.store.points(with_vectors=True)
         return sorted((id_, json.dumps(payload), np.asarray(vector).tolist()) for id_, payload, vector, *_ in found)
-
-
-@pytest.fixture
-def index(colours: Path, storage: dict[str, Any]) -> dict[str, Any]:
-    index_files(storage, colours)
-    return storage
 
 
 def test_a_hundred_concurrent_searches_get_what_each_would_get_alone(index: dict[str, Any]) -> None:
@@ -223,12 +218,10 @@ from cocoa_embed.cli.main import main; main(sys.argv[1:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("signal", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGKILL", -9)])
+@pytest.mark.parametrize(("stop", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_signal_ends_the_server_and_changes_nothing(
-    signal: str, status: int, index: dict[str, Any], tmp_path: Path
+    stop: signal.Signals, status: int, index: dict[str, Any], tmp_path: Path
 ) -> None:
-    import signal as signals
-
     before = points(index)
     write_colours(tmp_path / "fake", "red")
     for name in ("modules.json", "model.safetensors"):
@@ -240,10 +233,10 @@ def test_a_signal_ends_the_server_and_changes_nothing(
     lines = iter(process.stderr.readline, "")
     url = next(line.split()[2].rstrip("/") for line in lines if line.startswith("serving at "))
     assert message(httpx.post(f"{url}/search", json={"text": "red"})).startswith("401 ")
-    stop = threading.Event()
+    done = threading.Event()
 
     def ask() -> None:
-        while not stop.is_set():
+        while not done.is_set():
             try:
                 post_search(url, {"text": "red"}, KEY)
                 answered.set()
@@ -254,9 +247,9 @@ def test_a_signal_ends_the_server_and_changes_nothing(
     thread = threading.Thread(target=ask)
     thread.start()
     assert answered.wait(60)
-    process.send_signal(getattr(signals, signal))
+    process.send_signal(stop)
     assert process.wait(60) == status
-    stop.set()
+    done.set()
     thread.join()
     assert "Traceback" not in process.stderr.read()
     assert points(index) == before

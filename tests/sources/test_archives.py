@@ -39,14 +39,15 @@ def test_the_files_of_a_sample_describe_its_image(tmp_path: Path, name: str, mod
     assert not found.faults
 
 
-def test_what_img2dataset_writes_beside_an_archive_describes_it_and_is_no_table(tmp_path: Path) -> None:
-    (tmp_path / "00000.tar").write_bytes(tar([("000000001.jpg", png(1)), ("000000002.jpg", png(2))]))
+@pytest.mark.parametrize("name", ["00000.tar", "00000.TAR"])
+def test_what_img2dataset_writes_beside_an_archive_describes_it_and_is_no_table(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(tar([("000000001.jpg", png(1)), ("000000002.jpg", png(2))]))
     rows = [{"key": f"00000000{number}", "caption": f"caption {number}", "url": "u"} for number in (1, 2, 3)]
     (tmp_path / "00000.parquet").write_bytes(parquet_file(rows))
     (tmp_path / "00000_stats.json").write_text("{}")
     found = read(tmp_path)
-    assert list(found.versions) == [str(tmp_path / "00000.tar")]
-    assert found.metadata["00000.tar#000000002.jpg"] == {"key": "000000002", "url": "u", "text": "caption 2"}
+    assert list(found.versions) == [str(tmp_path / name)]
+    assert found.metadata[f"{name}#000000002.jpg"] == {"key": "000000002", "url": "u", "text": "caption 2"}
 
 
 def test_an_archive_that_breaks_off_is_named_after_its_good_images(tmp_path: Path) -> None:
@@ -77,6 +78,7 @@ def test_a_compressed_archive_that_breaks_off_is_named(tmp_path: Path, kept: flo
 def test_a_zip_file_gives_its_images_without_what_macos_adds(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("folder.png/", b"")
         archive.writestr("holiday/a.png", png(1))
         archive.writestr("holiday/a.txt", "the beach")
         archive.writestr("__MACOSX/holiday/._a.png", b"\0\5\x16\7")
@@ -139,6 +141,14 @@ def test_a_text_of_the_whole_name_of_an_image_describes_no_other_of_its_sample(t
     }
 
 
+def test_a_malformed_description_describes_nothing_and_breaks_no_archive(tmp_path: Path) -> None:
+    members = {"a.png": png(1), "a.json": b"[" * 100_000, "b.png": png(2), "b.cls": "²".encode(), "c.png": png(3)}
+    (tmp_path / "a.tar").write_bytes(tar(members.items()))
+    found = read(tmp_path / "a.tar")
+    assert found.metadata == {"a.tar#a.png": {}, "a.tar#b.png": {"cls": "²"}, "a.tar#c.png": {}}
+    assert not found.faults
+
+
 def test_a_sample_of_many_images_is_not_in_memory_at_once_and_keeps_the_texts_of_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -169,6 +179,17 @@ def test_a_corrected_table_beside_an_archive_is_another_version_of_it(tmp_path: 
     assert len({*alone.values(), *wrong.values(), *right.versions.values()}) == 3
     assert wrong == again
     assert right.metadata["0.tar#1.png"]["text"] == "corrected"
+
+
+def test_a_table_beside_an_archive_that_is_not_there_does_not_matter(tmp_path: Path) -> None:
+    for number, beside in enumerate(("link", "folder")):
+        folder = tmp_path / beside
+        folder.mkdir()
+        (folder / "0.tar").write_bytes(tar([("1.png", png(number))]))
+        table = folder / "0.parquet"
+        table.mkdir() if beside == "folder" else table.symlink_to("gone.parquet")
+        found = read(folder)
+        assert [*found.metadata] == ["0.tar#1.png"]
 
 
 def test_an_archive_that_is_whole_is_known_to_describe_an_image_no_more(tmp_path: Path) -> None:

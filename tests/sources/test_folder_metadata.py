@@ -5,11 +5,11 @@ import pytest
 from table_files import write_images, write_table
 
 from cocoa_embed.data.image_folder import DescribedImage
-from cocoa_embed.sources.image_metadata import Description, FolderMetadata, ImageMetadata
+from cocoa_embed.sources.image_metadata import FolderMetadata, ImageDescription, ImageMetadata
 from cocoa_embed.sources.shard_files import json_values
 
 
-def described(root: Path, *names: str, faults: list[str] | None = None) -> list[Description]:
+def described(root: Path, *names: str, faults: list[str] | None = None) -> list[ImageDescription]:
     noted = [] if faults is None else faults
     metadata = ImageMetadata(lambda source, reason: noted.append(f"{Path(source).name}: {reason}"))
     found = [metadata.describe(root / name, root) for name in names for _ in range(2)][::2]

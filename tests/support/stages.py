@@ -5,20 +5,24 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.template import eos_tokens
 from cocoa_embed.train.data.row_table import RowTable
-from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.data.rows import Example
+from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import StageContext
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.settings import Ratio, ReconstructionSettings, RunSettings, StageSettings
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel
+from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer
 from cocoa_embed.train.stages.losses import masked_token_loss
 from cocoa_embed.train.stages.masking import mask_each, row_generators
 from cocoa_embed.train.stages.moca.settings import MocaSettings
@@ -58,12 +62,12 @@ def trainer_arguments(folder: Path, **values: Any) -> dict[str, Any]:
 
 def warmup_collator(backbone: Backbone, **settings: Any) -> WarmupCollator:
     """Return the collator of stage 1, with seed 0."""
-    return WarmupCollator(backbone.processor, backbone.geometry, 0, warmup_settings(**settings))
+    return WarmupCollator(backbone.processor, 0, warmup_settings(**settings))
 
 
 def warmup_model(backbone: Backbone, **settings: Any) -> WarmupModel:
     """Return the model of stage 1, for evaluation."""
-    return WarmupModel(backbone.model, backbone.geometry, warmup_settings(**settings)).eval()
+    return WarmupModel(backbone.model, warmup_settings(**settings)).eval()
 
 
 def warmup_settings(**settings: Any) -> WarmupSettings:
@@ -73,12 +77,12 @@ def warmup_settings(**settings: Any) -> WarmupSettings:
 
 def moca_collator(backbone: Backbone, **settings: Any) -> MocaCollator:
     """Return the collator of MoCa's pre-training, with seed 0."""
-    return MocaCollator(backbone.processor, backbone.geometry, 0, moca_settings(**settings))
+    return MocaCollator(backbone.processor, 0, moca_settings(**settings))
 
 
 def moca_model(backbone: Backbone, **settings: Any) -> MocaModel:
     """Return the model of MoCa's pre-training, for evaluation."""
-    return MocaModel(backbone.model, backbone.geometry, moca_settings(**settings)).eval()
+    return MocaModel(backbone.model, moca_settings(**settings)).eval()
 
 
 def moca_settings(**settings: Any) -> MocaSettings:
@@ -99,13 +103,23 @@ def bridge_model(backbone: Backbone, *, eos_attends_to_b: bool = True) -> Bridge
     ).eval()
 
 
+def contrastive_model(backbone: Backbone, **run: Any) -> SentenceTransformer:
+    """Return the model of stage 3 on the CPU, with settings of a run."""
+    return as_sentence_transformer(backbone, RunSettings(name="test", backbone="none", **run)).to("cpu")
+
+
+def gradients(model: nn.Module, loss: Tensor) -> Tensor:
+    """Return the gradients of a loss, those of all weights in one vector."""
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
+
+
 class MaskedLanguageSettings(ReconstructionSettings):
     ratio: Ratio = 0.3
 
 
 class MaskedLanguageModel(nn.Module):
-    accepts_loss_kwargs = True
-
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.backbone = model
@@ -126,7 +140,7 @@ class MaskedLanguage(Stage[MaskedLanguageSettings]):
         masked = mask_each(text_tokens(batch, processor), self.settings.ratio, generators)
         return replace_masked(batch, masked, processor.tokenizer.mask_token_id)
 
-    def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
+    def sequences(self, example: Example, processor: ProcessorMixin) -> list[Batch]:
         return [self.collate(processor, [example])]
 
     def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> StageTrainer:

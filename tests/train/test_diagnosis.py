@@ -7,22 +7,22 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from exported import PROMPTS
+from run_records import GEOMETRY
 from safetensors.torch import load_file, save_file
 from table_files import write_images, write_table
-from tiny_backbones import TINY_MAX_LENGTH
+from tiny_backbones import MakeRecipe
 
 from cocoa_embed.cli import main as cli
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.export import export_model
 from cocoa_embed.model.training_record import read_run, write_run
-from cocoa_embed.train import Recipe, StageResult, diagnosis, run
+from cocoa_embed.train import StageResult, diagnosis, run
 from cocoa_embed.train.data import mixture
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.diagnosis import MASKED_TOKENS, Diagnosis, diagnose, held_out_rows
 
 HELD_OUT = 4
 STAGE: dict[str, Any] = {"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 0, "logging_steps": 1}
-GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank", "pair_recall")
 
 
 class Run(NamedTuple):
@@ -41,24 +41,21 @@ def folder(scene_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_backbone_path: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def trained(tiny_recipe: MakeRecipe, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """A run whose bridge has no default settings, so that a diagnosis with defaults would differ."""
     bridge = {"steps": 24, "batch_size": 8, "logging_steps": 24, "probe_rows": HELD_OUT + 1}
-    values = {
-        "name": "test",
-        "backbone": str(tiny_backbone_path),
-        "max_length": TINY_MAX_LENGTH,
-        "prompts": PROMPTS,
-        "seed": 3,
-        "data": {"folder": str(folder), "on_bad_row": "skip"},
-        "warmup": STAGE,
-        "bridge": {**STAGE, **bridge, "eos_attends_to_b": False, "mask_ratio": 0.4},
-        "contrastive": {**STAGE, "batch_size": 2, "data": {"limit": HELD_OUT - 1}},
-    }
+    recipe = tiny_recipe(
+        prompts=PROMPTS,
+        seed=3,
+        data={"folder": str(folder), "on_bad_row": "skip"},
+        warmup=STAGE,
+        bridge={**STAGE, **bridge, "eos_attends_to_b": False, "mask_ratio": 0.4},
+        contrastive={**STAGE, "batch_size": 2, "data": {"limit": HELD_OUT - 1}},
+    )
     out = tmp_path_factory.mktemp("run") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixture, "BAD_ROW_LIMIT", 0.5)
-        yield Run(out, {result.stage: result for result in run(Recipe.parse(values), out)})
+        yield Run(out, {result.stage: result for result in run(recipe, out)})
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,17 @@
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from exported import PROMPTS, contents
+from run_records import ACCURACIES, GEOMETRY
 from sentence_transformers import SentenceTransformer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_backbones import COCOA, TINY_MAX_LENGTH
+from tiny_backbones import COCOA, TINY_MAX_LENGTH, MakeRecipe
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration, Trainer, TrainingArguments
 
@@ -32,9 +34,9 @@ FROZEN: Values = {**STAGE, "steps": 1, "warmup_steps": 1}
 """One step at the warm-up's first learning rate, which is 0: the stage ends with the weights it began with."""
 
 
-def recipe(backbone: Path | str, data: Path, **values: Any) -> Recipe:
-    given = {"name": "test", "backbone": str(backbone), "max_length": TINY_MAX_LENGTH, "prompts": PROMPTS}
-    return Recipe.parse({**given, "data": {"folder": str(data)}, **values})
+@pytest.fixture
+def recipe(tiny_recipe: MakeRecipe) -> MakeRecipe:
+    return partial(tiny_recipe, prompts=PROMPTS)
 
 
 def weights(folder: Path | str) -> dict[str, Tensor]:
@@ -46,8 +48,6 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-GEOMETRY = {"alignment", "uniformity", "modality_gap", "effective_rank", "pair_recall"}
-ACCURACIES = {"accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"}
 METRICS = {
     "warmup": {"loss", "mntp_loss", "mae_loss", "masked_token_accuracy"},
     "bridge": {"loss", "masked_token_accuracy", *ACCURACIES, *GEOMETRY},
@@ -115,7 +115,7 @@ def backbone_of(trainer: Trainer) -> Any:  # noqa: ANN401
 
 
 def test_each_stage_starts_from_the_weights_of_the_one_before_in_the_recipes_attention(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+    recipe: MakeRecipe, tiny_backbone_path: Path, tmp_path: Path
 ) -> None:
     attention = {}
 
@@ -123,8 +123,7 @@ def test_each_stage_starts_from_the_weights_of_the_one_before_in_the_recipes_att
         attention[stage] = backbone_of(trainer).config._attn_implementation
 
     stages = {"warmup": STAGE, "bridge": FROZEN, "contrastive": FROZEN}
-    given = recipe(tiny_backbone_path, scene_folder, attn_implementation="eager", **stages)
-    results = run(given, tmp_path / "out", inspect=inspect)
+    results = run(recipe(attn_implementation="eager", **stages), tmp_path / "out", inspect=inspect)
     assert attention == dict.fromkeys(COCOA, "eager")
     start, warmup, bridge, contrastive = map(weights, (tiny_backbone_path, *(result.folder for result in results)))
     assert not equal(start, warmup), "the first stage trains"
@@ -132,12 +131,10 @@ def test_each_stage_starts_from_the_weights_of_the_one_before_in_the_recipes_att
     assert equal(bridge, contrastive)
 
 
-def test_bf16_trains_and_logs_to_tensorboard_over_an_earlier_run(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
-) -> None:
+def test_bf16_trains_and_logs_to_tensorboard_over_an_earlier_run(recipe: MakeRecipe, tmp_path: Path) -> None:
     options = {"mixed_precision": "bf16", "report_to": ["tensorboard"]}
     out = earlier_run(tmp_path / "out")
-    results = run(recipe(tiny_backbone_path, scene_folder, **options, **dict.fromkeys(COCOA, STAGE)), out)
+    results = run(recipe(**options, **dict.fromkeys(COCOA, STAGE)), out)
     assert not (out / "warmup" / "stale.txt").exists()
     for result in results:
         assert all(value.dtype == torch.float32 for value in weights(result.folder).values())
@@ -148,10 +145,10 @@ def test_bf16_trains_and_logs_to_tensorboard_over_an_earlier_run(
 
 
 def test_a_run_from_a_checkpoint_inherits_its_settings(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    recipe: MakeRecipe, scene_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = {"max_pixels": 1568, "bidirectional": False}
-    run(recipe(tiny_backbone_path, scene_folder, **kept, warmup=FROZEN), tmp_path / "first")
+    run(recipe(**kept, warmup=FROZEN), tmp_path / "first")
     assert "inherited" not in caplog.text
     start = tmp_path / "first" / "warmup"
     second = Recipe.parse({"name": "second", "backbone": str(start), "data": {"folder": str(scene_folder)},
@@ -173,7 +170,7 @@ def test_a_run_from_a_checkpoint_inherits_its_settings(
     ("family", "sides"), [("qwen2_vl", (28, 84, 56)), ("internvl", (16, 48, 32))], indirect=["family"]
 )
 def test_a_stage_scales_images_to_its_own_limit_and_the_next_one_is_free_of_it(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, sides: tuple[int, int, int]
+    recipe: MakeRecipe, tmp_path: Path, sides: tuple[int, int, int]
 ) -> None:
     small, large, middle = (side**2 for side in sides)
     stages = {
@@ -181,7 +178,7 @@ def test_a_stage_scales_images_to_its_own_limit_and_the_next_one_is_free_of_it(
         "bridge": FROZEN,
         "contrastive": {**FROZEN, "max_pixels": middle},
     }
-    results = run(recipe(tiny_backbone_path, scene_folder, max_pixels=large, **stages), tmp_path / "out")
+    results = run(recipe(max_pixels=large, **stages), tmp_path / "out")
     limits = []
     for result in results:
         processor = read_processor(str(result.folder))
@@ -189,12 +186,12 @@ def test_a_stage_scales_images_to_its_own_limit_and_the_next_one_is_free_of_it(
     assert limits == [small, large, middle]
     exported = load_encoder(export_model(results[-1].folder, tmp_path / "model"), "cpu")
     assert family_of_images(exported.model.processor).most_pixels(exported.model.processor) == middle
-    later = recipe(results[-1].folder, scene_folder, warmup=FROZEN)
+    later = recipe(backbone=str(results[-1].folder), warmup=FROZEN)
     assert checks.examine(later, tmp_path / "later").recipe.max_pixels == middle, "that of the stage it starts from"
 
 
-def test_a_stages_limit_that_fits_no_sequence_is_refused(tiny_backbone_path: Path, scene_folder: Path) -> None:
-    given = recipe(tiny_backbone_path, scene_folder, max_pixels=784, contrastive={**STAGE, "max_pixels": 200 * 784})
+def test_a_stages_limit_that_fits_no_sequence_is_refused(recipe: MakeRecipe) -> None:
+    given = recipe(max_pixels=784, contrastive={**STAGE, "max_pixels": 200 * 784})
     with pytest.raises(UsageError, match=r"An image of up to 156800 pixels takes 200 visual tokens.*lower max_pixels"):
         checks.examine(given, Path("out"))
 
@@ -203,10 +200,10 @@ def test_a_stages_limit_that_fits_no_sequence_is_refused(tiny_backbone_path: Pat
 @pytest.mark.parametrize("stage", COCOA)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_adapters_are_trained_and_merged(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, stage: str, kind: str
+    recipe: MakeRecipe, tiny_backbone_path: Path, tmp_path: Path, stage: str, kind: str
 ) -> None:
     adapted = {**STAGE, "adapter": {"kind": kind, "r": 2, "alpha": 4}, "freeze_vision": True}
-    run(recipe(tiny_backbone_path, scene_folder, **{stage: adapted}), tmp_path / "out")
+    run(recipe(**{stage: adapted}), tmp_path / "out")
     before, after = weights(tiny_backbone_path), weights(tmp_path / "out" / stage)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
@@ -228,7 +225,7 @@ def earlier_run(out: Path) -> Path:
     [({"backbone": "empty"}, "empty"), ({"mixed_precision": "bf16"}, "stage warmup: no bf16 here")],
 )
 def test_a_run_that_cannot_start_leaves_the_earlier_run_as_it_is(
-    scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: Values, message: str
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: Values, message: str
 ) -> None:
     """Hours of training must not be lost to a misspelt name."""
 
@@ -243,13 +240,13 @@ def test_a_run_that_cannot_start_leaves_the_earlier_run_as_it_is(
     out = earlier_run(tmp_path / "out")
     before = contents(out)
     with pytest.raises(CocoaError, match=message):
-        run(recipe(values.pop("backbone", "scene-captioner"), scene_folder, warmup=STAGE, **values), out)
+        run(recipe(**{"backbone": "scene-captioner", "warmup": STAGE, **values}), out)
     assert contents(out) == before
 
 
 @pytest.mark.parametrize("held", ["backbone", "data", "thesis.txt", RUN_FILE])
 def test_an_output_folder_that_holds_something_else_or_what_the_run_reads_is_refused(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, held: str
+    recipe: MakeRecipe, tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, held: str
 ) -> None:
     """To go on from an earlier run's stage, into that run's folder, would delete what it starts from."""
     out, read = tmp_path / "out", {"backbone": tiny_backbone_path, "data": scene_folder}
@@ -260,15 +257,13 @@ def test_an_output_folder_that_holds_something_else_or_what_the_run_reads_is_ref
         (out / held).write_text('{"flour": "500 g"}')
     before = contents(out)
     with pytest.raises(CocoaError, match="which the run reads" if held in read else "holds something else"):
-        run(recipe(read["backbone"], read["data"], contrastive=STAGE), out)
+        run(recipe(backbone=str(read["backbone"]), data={"folder": str(read["data"])}, contrastive=STAGE), out)
     assert contents(out) == before
 
 
 @pytest.mark.parametrize("stage", COCOA)
-def test_a_loss_that_is_not_finite_stops_the_stage_at_its_step(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, stage: str
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_stage_at_its_step(recipe: MakeRecipe, tmp_path: Path, stage: str) -> None:
     diverging = {**STAGE, "steps": 6, "learning_rate": 1e30, "logging_steps": 6}
     with pytest.raises(CocoaError, match=r"loss of step [2-6] is (nan|inf); lower learning_rate \(1e\+30\)"):
-        run(recipe(tiny_backbone_path, scene_folder, **{stage: diverging}), tmp_path / "out")
+        run(recipe(**{stage: diverging}), tmp_path / "out")
     assert not (tmp_path / "out" / stage / TRAINING_FILE).exists()

@@ -3,13 +3,11 @@
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, ImageError
-from cocoa_embed.train.data.rows import load_row_image
-
-Example = TypeVar("Example", bound=tuple[object, Row])
+from cocoa_embed.train.data.rows import Example, load_row_image
 
 REMEDY = "Repair it, or leave such rows out by data.on_bad_row=skip."
 
@@ -17,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ReplaceBroken(Generic[Example]):
-    """A collator that replaces broken examples by usable ones, or stops at them; an example is a draw and its row.
+class ReplaceBroken:
+    """A collator that replaces broken examples by usable ones, or stops at them.
 
     :param collate: The collator; it raises ``ImageError``.
     :param next_of: Returns the example to use in the place of another one.
@@ -45,7 +43,7 @@ class ReplaceBroken(Generic[Example]):
 
     def _usable(self, example: Example) -> Example:
         for _ in range(self.rows):
-            row = example[1]
+            _, row = example
             if (fault := _fault(row)) is None:
                 return example
             logger.warning("%s: %s The next row replaces it.", row.source, fault)

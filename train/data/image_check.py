@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -39,12 +39,6 @@ IMAGES_IN_MEMORY = 4096
 """Images that wait for a thread."""
 
 HEAD_BYTES, TAIL_BYTES = 2**16, 64
-
-
-class Sizes(Protocol):
-    """The sizes of images."""
-
-    def __getitem__(self, image: ItemImage, /) -> ImageSize: ...
 
 
 @dataclass(frozen=True)

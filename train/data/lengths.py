@@ -8,13 +8,13 @@ from transformers import ProcessorMixin
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.families.registry import family_of_images
 from cocoa_embed.model.template import eos_tokens, literal, special_tokens
-from cocoa_embed.train.data.image_check import Sizes
+from cocoa_embed.train.data.image_check import ImageSizes
 
 TEXTS_AT_ONCE = 10_000
 """Texts that are tokenized together; the number of their tokens is kept, the tokens are not."""
 
 
-def row_lengths(rows: Sequence[Row], processor: ProcessorMixin, sizes: Sizes) -> list[int]:
+def row_lengths(rows: Sequence[Row], processor: ProcessorMixin, sizes: ImageSizes) -> list[int]:
     """Return the number of tokens of each row, with its query and positive in one sequence.
 
     :param sizes: Width and height of images, in pixels.
@@ -27,7 +27,7 @@ def row_lengths(rows: Sequence[Row], processor: ProcessorMixin, sizes: Sizes) ->
     return lengths
 
 
-def item_lengths(items: Sequence[Item], processor: ProcessorMixin, sizes: Sizes) -> np.ndarray:
+def item_lengths(items: Sequence[Item], processor: ProcessorMixin, sizes: ImageSizes) -> np.ndarray:
     """Return the number of tokens of each item without ``<EOS>`` and without truncation, int64 ``[items]``.
 
     :raises ImageError: If an image without a known size cannot be used.

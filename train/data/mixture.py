@@ -3,7 +3,7 @@
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -14,14 +14,15 @@ from cocoa_embed.train.data.image_check import ImageCheck, ImageSizes
 from cocoa_embed.train.data.row_cache import SourceRows, read_sources
 from cocoa_embed.train.data.row_table import RowTable, image_id
 from cocoa_embed.train.data.rows import BadRow
-from cocoa_embed.train.settings import SourceSettings
+from cocoa_embed.train.settings import OnBadRow, SourceSettings
 
 BAD_ROW_LIMIT = 0.01
 """The fraction of a stage's rows that may be left out."""
 
 SHOWN_BAD_ROWS = 3
 
-OnBadRow = Literal["stop", "skip"]
+Check: TypeAlias = Literal["all", "sample"]
+"""The images to check before a run."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class ReadRows:
     :param rows: In the order of the subsets, each repeated by its weight.
     :param bad: The rows that were left out.
     :param sizes: Width and height in pixels of images, upright.
-    :param counts: The number of ``rows`` of each subset.
     :param unchecked: The number of images that were not checked.
     :param left_out: The number of rows of each subset that the stage cannot use.
     """
@@ -39,14 +39,8 @@ class ReadRows:
     rows: RowTable
     bad: list[BadRow]
     sizes: ImageSizes
-    counts: dict[str, int]
     unchecked: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the content of the rows, in order."""
-        return self.rows.fingerprint
 
 
 def read_rows(
@@ -55,7 +49,7 @@ def read_rows(
     on_bad_row: OnBadRow,
     seed: int,
     workers: int = 0,
-    check: Literal["all", "sample"] = "all",
+    check: Check = "all",
     images: ImageCheck | None = None,
     left_out: Collection[tuple[str, str]] | None = None,
 ) -> ReadRows:
@@ -94,9 +88,8 @@ def read_rows(
                 f"Subset {name!r} has {len(usable[name])} usable rows, and none to draw at the weight "
                 f"{sources[name].weight}."
             )
-    counts = {name: len(some) for name, some in weighted.items()}
     mixed = read.table.select(np.concatenate(list(weighted.values())))
-    return ReadRows(mixed, bad, checked.sizes, counts, checked.unchecked)
+    return ReadRows(mixed, bad, checked.sizes, checked.unchecked)
 
 
 def _limited(

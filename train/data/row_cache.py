@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -40,25 +39,19 @@ TABLE, ENTRIES, ERRORS = "rows.arrow", "entries.npy", "errors.json"
 logger = logging.getLogger(__name__)
 
 
-class BadEntry(NamedTuple):
-    """An entry of a source that cannot be used."""
-
-    entry: int
-    row: BadRow
-
-
 @dataclass(frozen=True)
 class SourceRows:
     """All rows of several sources.
 
     :param table: In the order of the sources.
     :param entries: The number of each row's entry in its source (an image of a folder, else a row), int64 ``[rows]``.
+    :param bad: The rows that cannot be used, each with the number of its entry.
     :param counts: The number of entries of each source, bad ones included, by subset.
     """
 
     table: RowTable
     entries: np.ndarray
-    bad: list[BadEntry]
+    bad: list[tuple[int, BadRow]]
     counts: dict[str, int]
 
 
@@ -104,7 +97,7 @@ class _Reading:
 
     sources: Mapping[str, SourceSettings]
     entries: array[int] = field(default_factory=lambda: array("q"))
-    bad: list[BadEntry] = field(default_factory=list)
+    bad: list[tuple[int, BadRow]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
     def rows(self) -> Iterator[Row]:
@@ -116,7 +109,7 @@ class _Reading:
                     self.entries.append(entry)
                     yield row
                 else:
-                    self.bad.append(BadEntry(entry, BadRow(subset, row.source, row.reason)))
+                    self.bad.append((entry, BadRow(subset, row.source, row.reason)))
             self.counts[subset] = entry + 1
 
 
@@ -141,9 +134,7 @@ def _open(folder: Path) -> SourceRows:
         raise ValueError(f"it has {len(table)} rows and {len(entries)} entries")
     if os.access(folder, os.W_OK):
         os.utime(folder)
-    return SourceRows(
-        table, entries, [BadEntry(entry, BadRow(*row)) for entry, *row in errors["bad"]], errors["counts"]
-    )
+    return SourceRows(table, entries, [(entry, BadRow(*row)) for entry, *row in errors["bad"]], errors["counts"])
 
 
 def _remove_unused(root: Path) -> None:

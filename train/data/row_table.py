@@ -122,7 +122,7 @@ class RowTable(Sequence[Row]):
         return np.unique(ids[np.isin(rows, self._indices)])
 
     def images(self, image_ids: np.ndarray) -> Iterator[tuple[int, ItemImage]]:
-        """Yield the images with some of the ``image_ids``, each once and with its own."""
+        """Yield each image that has one of the ``image_ids`` once, after its id."""
         ids, rows = self._images()
         distinct, firsts = np.unique(ids, return_index=True)
         chosen = np.isin(distinct, image_ids)
@@ -165,6 +165,12 @@ class RowTable(Sequence[Row]):
         """
         found: np.ndarray = self._table[name].to_numpy()[self._indices]
         return found
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of rows of each subset."""
+        counts = np.bincount(self.column("subset"), minlength=len(self.subsets))
+        return dict(zip(self.subsets, counts.tolist(), strict=True))
 
     @property
     def fingerprint(self) -> str:

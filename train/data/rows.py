@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -32,7 +32,11 @@ class Draw(NamedTuple):
     epoch: int = 0
 
 
-class Rows(Dataset[tuple[Draw, Row]]):
+Example: TypeAlias = tuple[Draw, Row]
+"""A row and its draw."""
+
+
+class Rows(Dataset[Example]):
     """Rows by their draws."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -41,17 +45,17 @@ class Rows(Dataset[tuple[Draw, Row]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, draw: Draw | int) -> tuple[Draw, Row]:
+    def __getitem__(self, draw: Draw | int) -> Example:
         """Return a row with its draw; by its number, of the first epoch."""
         draw = Draw(draw) if isinstance(draw, int) else draw
         return draw, self.rows[draw.row]
 
-    def after(self, example: tuple[Draw, Row]) -> tuple[Draw, Row]:
+    def after(self, example: Example) -> Example:
         """Return the row after an example's, in the same epoch."""
         return self[example[0]._replace(row=(example[0].row + 1) % len(self))]
 
 
-def numbered(rows: Sequence[Row]) -> list[tuple[Draw, Row]]:
+def numbered(rows: Sequence[Row]) -> list[Example]:
     """Return rows as a collator takes them, all of the first epoch."""
     return [(Draw(index), row) for index, row in enumerate(rows)]
 

@@ -122,7 +122,7 @@ def prepare_trainable(model: PreTrainedModel, settings: StageSettings, *, bf16: 
     decoder.layers[: settings.freeze_layers].requires_grad_(False)
     if settings.adapter is None:
         return None
-    return add_adapter(model, settings.adapter, vision=settings.adapts_vision, bf16=bf16)
+    return add_adapter(model, settings.adapter, vision=not settings.freeze_vision, bf16=bf16)
 
 
 def add_adapter(

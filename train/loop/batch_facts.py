@@ -1,6 +1,6 @@
 """What the host knows of a batch without waiting for a device: counted where it is collated, or read late."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -8,16 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.train.data.rows import Draw
+from cocoa_embed.train.data.rows import Example
 from cocoa_embed.train.loop.workers import outlive_a_signal
 
 Batch: TypeAlias = dict[str, Tensor]
 """Named model inputs and targets; a batch without images has no tensors of images."""
-
-Example: TypeAlias = tuple[Draw, Row]
-"""A row and its draw."""
 
 FACTS = "facts"
 """The key of a batch's ``BatchFacts``."""
@@ -47,15 +43,13 @@ class BatchFacts:
 class DescribedBatches:
     """A collator that adds ``BatchFacts`` to its batches; a failure in a worker becomes one of these facts.
 
-    :param rows_of: Returns the numbers of the rows in the collator's examples.
     :param flops_of: Returns the FLOPs of training on a batch.
     """
 
-    collate: Callable[[Any], dict[str, Any]]
-    rows_of: Callable[[Any], Sequence[int]]
+    collate: Callable[[list[Example]], dict[str, Any]]
     flops_of: Callable[[dict[str, Any]], float] | None = None
 
-    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
         """Collate, and add the batch's ``BatchFacts``."""
         if get_worker_info() is not None:
             outlive_a_signal()
@@ -67,7 +61,7 @@ class DescribedBatches:
         return {
             **batch,
             FACTS: BatchFacts(
-                rows=tuple(self.rows_of(examples)),
+                rows=tuple(draw.row for draw, _ in examples),
                 tokens=sum(int(mask.sum()) for mask in masks),
                 padded_tokens=sum(mask.numel() for mask in masks),
                 flops=None if self.flops_of is None else self.flops_of(batch),

@@ -128,10 +128,6 @@ class WeightNorms:
         """Stop following the weights."""
         self._hook.remove()
 
-    def outdate(self) -> None:
-        """Have the norms computed again."""
-        self._seen = None
-
     def refresh(self) -> None:
         """Compute the norms, if weights have changed since they were computed."""
         seen = [
@@ -169,5 +165,6 @@ def _factors(module: Linear) -> Factors:
 
 
 def _outdate(norms: WeightNorms | None) -> None:
+    """Have the norms computed again."""
     if norms is not None:
-        norms.outdate()
+        norms._seen = None

@@ -52,14 +52,13 @@ def fit_to_memory(trainer: CocoaTrainer, trials: Sequence[Trial], recompute: boo
     :param recompute: Whether to recompute activations (gradient checkpointing); ``auto``: if they do not fit otherwise.
     """
     if recompute == "auto":
-        recompute_activations(trainer, on=False)
+        recompute_activations(trainer.model, on=False)
         fitting = _largest(trainer, trials, is_patient=False)
         if recompute := None in fitting:
-            recompute_activations(trainer, on=True)
+            recompute_activations(trainer.model, on=True)
+            fitting = _largest(trainer, trials, is_patient=True)
     else:
         trials = [trial for trial in trials if len(trial.sizes) > 1]
-        fitting = [None]
-    if None in fitting:
         fitting = _largest(trainer, trials, is_patient=True)
     sizes = [size or trial.sizes[-1] for size, trial in zip(fitting, trials, strict=True)]
     for size, trial in zip(sizes, trials, strict=True):
@@ -88,10 +87,9 @@ def _largest(trainer: CocoaTrainer, trials: Sequence[Trial], *, is_patient: bool
     return sizes
 
 
-def recompute_activations(trainer: CocoaTrainer, *, on: bool) -> None:
-    """Turn gradient checkpointing on or off."""
-    trained: Any = trainer.model
-    model = next(module for module in trained.modules() if isinstance(module, PreTrainedModel))
+def recompute_activations(module: Any, *, on: bool) -> None:  # noqa: ANN401
+    """Turn gradient checkpointing on or off in a backbone, or in the backbone inside of a stage's model."""
+    model = next(each for each in module.modules() if isinstance(each, PreTrainedModel))
     if on:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     else:
@@ -115,7 +113,7 @@ def _fits(trainer: CocoaTrainer, trial: Trial, size: int) -> bool:
 
 
 def _run(trainer: CocoaTrainer, trial: Trial, size: int) -> None:
-    """Run a size while the memory that training needs beside a pass is taken."""
+    """Run a size while the memory that training needs besides a pass is taken."""
     device, model = trainer.accelerator.device, cast(nn.Module, trainer.model)
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     taken = 0 if device.type == "cpu" else RESERVE + trained * ADAM_BYTES

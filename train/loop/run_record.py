@@ -107,8 +107,8 @@ def _new_stage(recipe: Recipe, stage: str, read: ReadRows, steps: int) -> dict[s
     return {
         "sources": {name: each.model_dump(mode="json", exclude_defaults=True) for name, each in sources.items()},
         "places": sorted({os.path.realpath(_name(source)) for source in sources.values()}),
-        "rows": read.counts,
-        "fingerprint": read.fingerprint,
+        "rows": read.rows.counts,
+        "fingerprint": read.rows.fingerprint,
         "bad_rows": {
             "count": len(bad),
             "first": [[row.subset, row.source, row.reason] for row in bad[:SHOWN_BAD_ROWS]],

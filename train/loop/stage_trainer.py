@@ -13,10 +13,10 @@ from transformers.trainer_utils import TrainOutput
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.train.data.broken_rows import ReplaceBroken
-from cocoa_embed.train.data.rows import Rows
+from cocoa_embed.train.data.rows import Example, Rows
 from cocoa_embed.train.data.sampling import RowStream
 from cocoa_embed.train.loop.adapters import prepare_trainable
-from cocoa_embed.train.loop.batch_facts import FACTS, Batch, BatchFacts, DescribedBatches, Example
+from cocoa_embed.train.loop.batch_facts import FACTS, Batch, BatchFacts, DescribedBatches
 from cocoa_embed.train.loop.checkpoints import step_of
 from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
 from cocoa_embed.train.settings import ReconstructionSettings
@@ -45,7 +45,7 @@ def stage_trainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=DescribedBatches(usable, row_numbers, context.flops_of),
+        data_collator=DescribedBatches(usable, context.flops_of),
         stream=RowStream(
             len(rows),
             draws,
@@ -58,11 +58,6 @@ def stage_trainer(
         adapter=prepare_trainable(backbone, settings, bf16=arguments.bf16),
         probe=probe,
     )
-
-
-def row_numbers(examples: Sequence[Example]) -> list[int]:
-    """Return the numbers of the rows in a batch."""
-    return [draw.row for draw, _ in examples]
 
 
 class StageTrainer(CocoaTrainer):
@@ -80,6 +75,8 @@ class StageTrainer(CocoaTrainer):
         self._steps = 0
         self._totals: dict[str, float | Tensor] = {}
         super().__init__(*args, **kwargs)
+        # The loss is already a mean over the step, so transformers must not divide it by the micro-batches.
+        self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> RowStream:
         return self._stream

@@ -27,13 +27,13 @@ from cocoa_embed.model.backbone import (
     resolve_backbone,
 )
 from cocoa_embed.model.training_record import RUN_FILE, TRAINING_FILE, read_run, read_training, write_run
-from cocoa_embed.train.data.mixture import ReadRows
+from cocoa_embed.train.data.mixture import Check, ReadRows
 from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.loop.checkpoints import remove_unfinished
 from cocoa_embed.train.loop.processes import meet
 from cocoa_embed.train.loop.run_record import StageResult, Start, finished_stages, new_run, read_start
 from cocoa_embed.train.plan.advice import advise
-from cocoa_embed.train.plan.stage_rows import Check, read_stages
+from cocoa_embed.train.plan.stage_rows import read_stages
 from cocoa_embed.train.recipe import Recipe, missing_paths
 
 CHECKPOINTS = "checkpoints"
@@ -235,10 +235,10 @@ def _refuse_another_recipe(recipe: Recipe, out: Path) -> None:
 def _refuse_other_rows(rows: dict[str, ReadRows], out: Path) -> None:
     before = read_run(out)["stages"]
     for stage, read in rows.items():
-        if before[stage]["fingerprint"] != read.fingerprint:
+        if before[stage]["fingerprint"] != read.rows.fingerprint:
             raise UsageError(
                 f"The rows of stage {stage} have changed since the run in {out} began (then {before[stage]['rows']}, "
-                f"now {read.counts}); restore them, or start anew in another folder."
+                f"now {read.rows.counts}); restore them, or start anew in another folder."
             )
 
 

@@ -198,8 +198,7 @@ class StepCost:
     @classmethod
     def of(cls, config: PreTrainedConfig, settings: StageSettings) -> "StepCost":
         """Derive the cost from a backbone's config and a stage's settings."""
-        adapter = settings.adapter is not None
-        return cls(model_size(config), adapter, settings.freeze_vision or (adapter and not settings.adapts_vision))
+        return cls(model_size(config), settings.adapter is not None, settings.freeze_vision)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> float:
         """Return the FLOPs of a collator's batch without padding."""

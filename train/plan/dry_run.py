@@ -16,7 +16,7 @@ from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.model.backbone import load_processor, read_config
 from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.train.data.broken_rows import REMEDY
-from cocoa_embed.train.data.mixture import ReadRows
+from cocoa_embed.train.data.mixture import Check, ReadRows
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.checkpoints import newest_complete, step_of
@@ -27,7 +27,6 @@ from cocoa_embed.train.plan.checks import CHECKPOINTS, Prepared, bad_rows, exami
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape
 from cocoa_embed.train.plan.fit import fit_to_card, memory_of
 from cocoa_embed.train.plan.meter import ADAM_MOMENTS, FULL, StageMeter
-from cocoa_embed.train.plan.stage_rows import Check
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.settings import SourceSettings, StageSettings
 from cocoa_embed.train.stages.stage import Stage
@@ -189,7 +188,7 @@ def _plan_stage(
     checkpoint = newest_complete(out / CHECKPOINTS / name) if prepared.is_resumed else None
     steps_done = 0 if checkpoint is None else step_of(checkpoint)
     sample, largest = (
-        _sequences(stage, rows, processor, config, data.on_bad_row)
+        _sequences(stage, rows, processor, data.on_bad_row)
         for rows in (sample_rows(read.rows, run.seed), largest_rows(read.rows))
     )
     typical = _typical(sample)
@@ -217,7 +216,7 @@ def _plan_stage(
         stage=name,
         parameters=counts.total,
         trainable_parameters=counts.trainable,
-        rows=read.counts,
+        rows=read.rows.counts,
         subsets=_subsets(read, prepared.recipe.sources_of(name)),
         needs=stage.needs,
         max_rows=len(read.rows) if len(read.rows) == data.max_rows else None,
@@ -265,7 +264,7 @@ class _Sequence(NamedTuple):
 
 
 def _sequences(
-    stage: Stage[StageSettings], rows: RowTable, processor: ProcessorMixin, config: PreTrainedConfig, on_bad_row: str
+    stage: Stage[StageSettings], rows: RowTable, processor: ProcessorMixin, on_bad_row: str
 ) -> list[list[_Sequence]]:
     """Return each row's sequences.
 
@@ -274,7 +273,7 @@ def _sequences(
     found = []
     for example in numbered(rows):
         try:
-            shapes = map(batch_shape, stage.sequences(example, processor, config))
+            shapes = map(batch_shape, stage.sequences(example, processor))
             found.append([_Sequence(*pair) for pair in zip(shapes, stage.alike(example[1]), strict=True)])
         except ImageError as error:
             if on_bad_row == "stop":

@@ -66,12 +66,9 @@ class Parameters(NamedTuple):
     def of(cls, model: nn.Module) -> "Parameters":
         """Count a model's parameters."""
         every = list(model.parameters())
-        trained = [each for each in every if each.requires_grad]
-        return cls(*(sum(map(how, group)) for how in (Tensor.numel, _size) for group in (every, trained)))
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+        groups = every, [each for each in every if each.requires_grad]
+        counts = [sum(each.numel() for each in group) for group in groups]
+        return cls(*counts, *(sum(each.nbytes for each in group) for group in groups))
 
 
 class StageMeter:
@@ -130,7 +127,7 @@ class StageMeter:
         """Turn gradient checkpointing on or off."""
         self._recomputes = on
         for trainer in self._trainers:
-            recompute_activations(trainer, on=on)
+            recompute_activations(trainer.model, on=on)
 
     def state_bytes(self, shards: int = 1) -> dict[str, int]:
         """Return what a device holds between two passes, by use."""
@@ -158,7 +155,7 @@ class StageMeter:
             times = (copies - less) / (more - less)
             costs = [each.cost(other, times) for each, other in zip(few, many, strict=True)]
         whole = Cost(*np.dot(self._weights, costs).tolist())
-        # A backward pass frees as it goes: what it takes beside is one layer's, in any depth.
+        # A backward pass frees as it goes: what it takes in addition is one layer's, in any depth.
         return whole._replace(backward_bytes=max(cost.backward_bytes for cost in costs))
 
     def _run(self, place: int, copies: int) -> list[Tally]:
@@ -234,7 +231,7 @@ def _fake_model(config: PreTrainedConfig, stage: Stage[StageSettings], fake: Fak
     model.config.get_text_config().is_causal = not stage.run.bidirectional
     pack_vision_attention(model)
     if stage.run.gradient_checkpointing is True:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model, on=True)
     return model
 
 

@@ -21,13 +21,13 @@ from cocoa_embed.model import vision_attention
 from cocoa_embed.train.plan.cards import HOST_SECONDS, LAUNCH_SECONDS, Card
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
-"""Operators without a kernel, beside views."""
+"""Operators without a kernel, besides views."""
 
 GATHERS = ("embedding", "index", "index_select", "gather")
 """Operators that read only what they return of their first argument."""
 
 FUSED = ("_to_copy", "cat", "clone", "copy_", "gelu_backward", "silu_backward", "slice_backward", "zeros", "zeros_like")
-"""Operators that a compiler fuses, beside pointwise ones."""
+"""Operators that a compiler fuses, besides pointwise ones."""
 
 REDUCTIONS = ("amax", "mean", "native_layer_norm", "native_layer_norm_backward", "sum")
 """Operators that a compiler fuses with what they read; a norm is a reduction with a pointwise operator after it."""
@@ -129,7 +129,7 @@ class Roofline(TorchDispatchMode):
     answered with one, or, of two tensors, that they differ.
 
     :param card: The card that runs it.
-    :param fake: Of the fake tensors; new tensors of numbers that are no integers are fake, too.
+    :param fake: The mode of the fake tensors; new tensors of floats are fake, too.
     """
 
     def __init__(self, card: Card, fake: FakeTensorMode) -> None:
@@ -303,7 +303,7 @@ def _sum(sources: Sources) -> int:
 
 
 def _makes_floats(name: str, dtype: torch.dtype | None) -> bool:
-    """Return whether an operator without tensors makes a tensor of no integers."""
+    """Return whether an operator that takes no tensor makes one of floats."""
     if dtype is None:
         return name in ("empty", "empty_strided", "zeros", "ones", "eye", "rand", "randn", "linspace")
     return dtype.is_floating_point
@@ -320,7 +320,7 @@ def _as_positions(indices: Any) -> Iterator[Tensor | None]:  # noqa: ANN401
 
 def _bytes(tensor: Tensor) -> int:
     """Return the bytes of a tensor's values; those that it repeats by a stride of 0 count once."""
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def _all_bytes(*tensors: Tensor | None) -> int:

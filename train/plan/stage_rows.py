@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -11,16 +10,12 @@ from cocoa_embed.model.backbone import load_processor
 from cocoa_embed.model.families.registry import family_of_images
 from cocoa_embed.model.template import eos_tokens
 from cocoa_embed.train.data.image_check import ImageCheck
-from cocoa_embed.train.data.mixture import ReadRows, read_rows
-from cocoa_embed.train.data.row_table import RowTable
+from cocoa_embed.train.data.mixture import Check, ReadRows, read_rows
 from cocoa_embed.train.loop.arguments import checking_worker_count
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages.rendering import row_images
 from cocoa_embed.train.stages.stage import Stage
-
-Check: TypeAlias = Literal["all", "sample"]
-"""The images to check before a run."""
 
 
 def read_stages(
@@ -92,20 +87,13 @@ def _usable(stage: Stage[StageSettings], read: ReadRows) -> ReadRows:
         return read
     if not usable.any():
         raise UsageError(f"Stage {stage.name} can use none of its {len(rows):,} rows: {stage.needs}.")
-    kept = rows.select(np.flatnonzero(usable))
-    counts, left_out = _count(kept), _count(rows.select(np.flatnonzero(~usable)))
-    return replace(read, rows=kept, counts=counts, left_out=left_out)
+    kept, left_out = (rows.select(np.flatnonzero(chosen)) for chosen in (usable, ~usable))
+    return replace(read, rows=kept, left_out=left_out.counts)
 
 
 def _capped(read: ReadRows, max_rows: int | None, seed: int) -> ReadRows:
     """Return at most ``max_rows`` rows, drawn by the seed, in order."""
     if max_rows is None or len(read.rows) <= max_rows:
         return read
-    kept = read.rows.select(np.sort(np.random.default_rng(seed).choice(len(read.rows), max_rows, replace=False)))
-    return replace(read, rows=kept, counts=_count(kept))
-
-
-def _count(rows: RowTable) -> dict[str, int]:
-    """Return the number of rows of each subset."""
-    counts = np.bincount(rows.column("subset"), minlength=len(rows.subsets))
-    return dict(zip(rows.subsets, counts.tolist(), strict=True))
+    drawn = np.random.default_rng(seed).choice(len(read.rows), max_rows, replace=False)
+    return replace(read, rows=read.rows.select(np.sort(drawn)))

@@ -19,7 +19,7 @@ Each = TypeVar("Each")
 
 
 def batched(items: Sequence[Each], size: int) -> list[list[Each]]:
-    """Return the items in lists of ``size``, the last one maybe shorter."""
+    """Return the items in lists of ``size``; the last one may be shorter."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 

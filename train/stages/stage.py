@@ -17,9 +17,9 @@ from cocoa_embed.errors import UsageError
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.flex_attention import FLEX, refuse_flex_attention
 from cocoa_embed.train.data.row_table import RowTable
-from cocoa_embed.train.data.rows import numbered
+from cocoa_embed.train.data.rows import Example, numbered
 from cocoa_embed.train.loop.arguments import training_arguments
-from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.loop.memory_trial import Trial
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
 from cocoa_embed.train.settings import RunSettings, StageSettings
@@ -155,7 +155,7 @@ class Stage(ABC, Generic[Own]):
     # Costs
 
     @abstractmethod
-    def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
+    def sequences(self, example: Example, processor: ProcessorMixin) -> list[Batch]:
         """Return the sequences that a step makes of one row, each as its own batch."""
 
     def alike(self, row: Row) -> list[Row]:

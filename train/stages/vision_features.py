@@ -36,7 +36,7 @@ class FrozenVision:
     run as they would without this, so that the features are equal bit for bit; else only those that are not known run,
     and the order of sums may differ.
 
-    :param model: Of whose vision encoder no one trains the parameters. It keeps its class and its weights.
+    :param model: The model, whose vision encoder is not trained. It keeps its class and its weights.
     :param remembers: Keep the features until ``forget``, on their device.
     :param store: Where features are kept for longer.
     """

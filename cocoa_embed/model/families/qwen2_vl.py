@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -35,6 +35,8 @@ class Qwen2VL(Family):
     adapted = frozenset({"qkv", "fc1", "fc2"})
     packs_attention = True
     parts = PartNames("visual", "blocks", "attn", "attn.proj", "patch_embed.proj.weight")
+    replaces_grids: ClassVar[str] = "position_ids"
+    """The prepared input without which the encoder computes with the grids, on its device."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -125,11 +127,7 @@ class Qwen2VL(Family):
         """Run the encoder, which ends in its merger."""
         visual: Any = self.encoder(model)
         given = {name.removeprefix("image_"): value for name, value in batch.items() if name.startswith("image_")}
-        if self.reads_grids(given):
+        if self.replaces_grids not in given:
             given["grid_thw"] = given["grid_thw"].on(model.device)
         outputs = visual(batch["pixel_values"].to(visual.dtype), **given)
         return Seen(outputs.pooler_output, tuple(outputs.get("deepstack_features") or ()))
-
-    def reads_grids(self, given: Mapping[str, Any]) -> bool:
-        """Return whether the encoder computes with the grids, on its device, as nothing is prepared of them."""
-        return not TAKES_PREPARED_VISION

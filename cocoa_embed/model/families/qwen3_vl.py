@@ -19,6 +19,7 @@ class Qwen3VL(Qwen2VL):
     model_class = Qwen3VLForConditionalGeneration
     processor_class = Qwen3VLProcessor
     adapted = frozenset({"qkv", "linear_fc1", "linear_fc2"})
+    replaces_grids = "interp_indices"
 
     def prepared(self, grids: Tensor) -> dict[str, Any]:
         """Add which four learned positions a patch has, and how much of each: ``[patches, 4]``."""
@@ -33,10 +34,6 @@ class Qwen3VL(Qwen2VL):
                 spatial_merge_size=self.geometry.merge_size,
             )
         return found
-
-    def reads_grids(self, given: Mapping[str, Any]) -> bool:
-        """Return true for older versions of transformers, too, that interpolate positions themselves."""
-        return "interp_indices" not in given
 
     def feed_inner_layers(self, model: PreTrainedModel, is_visual: Tensor, features: Sequence[Tensor]) -> None:
         """Add the features where the stock class does it."""

@@ -90,7 +90,7 @@ class Manifest:
         except (OSError, sqlite3.Error) as error:
             self._warn(error)
             self._database = connect(None)
-        self._forget_faults_of_others(SOFTWARE)
+        self.forget_faults(SOFTWARE)
         self._has_faults = self._first("SELECT 1 FROM faults") is not None
         """Whether there may be any: most collections have none, and every record would be looked up."""
 
@@ -137,13 +137,10 @@ class Manifest:
         self._execute("DELETE FROM complete_shards WHERE key = ?", shard)
         self._execute("UPDATE faults SET shard = NULL WHERE shard = ?", shard)
 
-    def forget_faults(self) -> None:
-        """Forget all faults, and that the shards with some are complete."""
-        self._forget_faults_of_others("")
-
-    def _forget_faults_of_others(self, software: str) -> None:
+    def forget_faults(self, but_of: str = "") -> None:
+        """Forget the faults, but those that this software has found, and that the shards with some are complete."""
         for statement in FORGET_FAULTS:
-            self._execute(statement, software)
+            self._execute(statement, but_of)
 
     def _first(self, query: str, *values: str) -> str | None:
         rows = self._execute(query, *values)

@@ -17,12 +17,11 @@ from cocoa_embed.integrations.qdrant.points import (
     is_same_moment,
     location_of,
     make_payload,
-    storable,
     stored_locations,
 )
 from cocoa_embed.integrations.qdrant.stores.base import BOTH, CAPTION_VECTOR, IMAGE, NewVector
 from cocoa_embed.integrations.qdrant.stores.store import Store
-from cocoa_embed.sources.base import Record
+from cocoa_embed.sources.base import Record, storable
 from cocoa_embed.sources.files import is_deleted
 
 BATCH_CHANGES = 256
@@ -69,7 +68,7 @@ class NamedPoint:
         return living_first([*self.locations.values()])[0].path
 
     def has_to_change(self, path: str) -> bool:
-        """Return whether a path that is as it was may change the payload: it describes it, or the order is stale."""
+        """Return whether an unchanged file may change the payload: it describes the content, or the order is stale."""
         is_stale = not self.is_reordered and self.living != next(iter(self.locations))
         self.is_reordered |= is_stale
         return is_stale or path == self.living
@@ -84,7 +83,7 @@ class NamedPoint:
 class Merger:
     """Applies changes to payloads."""
 
-    misses: Callable[[str], bool]
+    misses: Callable[[str], bool] = lambda _: False
     """Whether a file is gone that the run would have found."""
     llama_index: bool = False
     """Whether payloads get the fields of LlamaIndex."""

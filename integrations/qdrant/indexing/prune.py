@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from cocoa_embed.integrations.qdrant.indexing.merge import BATCH_CHANGES, Change, Merger
 from cocoa_embed.integrations.qdrant.points import LOCATION_KEYS, is_in_shard, shards_of, stored_locations
 from cocoa_embed.integrations.qdrant.stores.store import Store
-from cocoa_embed.sources.base import Source, storable
+from cocoa_embed.sources.base import Source, is_below, storable
 from cocoa_embed.sources.open import local_path
-from cocoa_embed.sources.shard_files import is_below
 
 if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant.indexing.manifest import Manifest
@@ -127,16 +126,14 @@ def doubtful_folder(folder: str, root: str) -> str | None:
 
     :param root: The folder that is searched; those above are in no doubt.
     """
-    while not os.path.lexists(folder):
-        if not is_in(folder, root):
-            return None
+    while folder == root or is_below(folder, root):
+        if os.path.lexists(folder):
+            try:
+                return folder if NO_FILES.issuperset(os.listdir(folder)) else None
+            except OSError:
+                return folder
         folder = os.path.dirname(folder)
-    if not is_in(folder, root):
-        return None
-    try:
-        return folder if NO_FILES.issuperset(os.listdir(folder)) else None
-    except OSError:
-        return folder
+    return None
 
 
 class Forgotten(NamedTuple):
@@ -157,7 +154,7 @@ def forget(store: Store, manifest: Manifest, paths: Sequence[str | Path]) -> For
     names: dict[str, list[str]] = {}
     for name in images:
         names.setdefault(storable(absolute(name)).rstrip("/"), []).append(name)
-    merger, deleted, reopened = Merger(lambda _: False), 0, set[str]()
+    merger, deleted, reopened = Merger(), 0, set[str]()
     points = iter(store.scan(HELD_KEYS))
     while page := list(islice(points, BATCH_CHANGES)):
         changes: dict[str, Change] = {}
@@ -177,7 +174,7 @@ def forget(store: Store, manifest: Manifest, paths: Sequence[str | Path]) -> For
 
 
 def absolute(path: str) -> str:
-    """Return a path as the keys of records have it; an address as it is, but for that of a local file."""
+    """Return a path as it is in the keys of records: absolute. An address stays, unless it is of a local file."""
     local = local_path(path)
     return local if "://" in local else os.path.abspath(local)
 
@@ -186,8 +183,3 @@ def keys_of(path: str, shards: Sequence[str]) -> set[str]:
     """Return what names an image: its path, the folders and URLs above it, and those of these shards that hold it."""
     above = (path[: slash.start()] for slash in re.finditer("/", path))
     return {path, *above, *(shard for shard in shards if is_in_shard(path, shard))}
-
-
-def is_in(path: str, folder: str) -> bool:
-    """Return whether a path is a folder or below it."""
-    return path == folder or is_below(path, folder)

@@ -28,7 +28,7 @@ from cocoa_embed.integrations.qdrant.indexing.prune import prune_deleted
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
 from cocoa_embed.integrations.qdrant.indexing.writer import Batch, Writer
 from cocoa_embed.integrations.qdrant.points import LOCATION_KEYS, Payload, is_in_shard, is_same_json, stored_locations
-from cocoa_embed.integrations.qdrant.stores.base import IMAGE, NewVector, Where
+from cocoa_embed.integrations.qdrant.stores.base import IMAGE, NewVector, with_any_of
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Record, Shard, Source, storable
 from cocoa_embed.sources.shard_files import READER
@@ -224,7 +224,7 @@ class IndexRun:
 
     def _prune_shard(self, shard: str, seen: set[str]) -> None:
         key = storable(shard)
-        for id_, payload in self.store.scan(LOCATION_KEYS, Where("shard", [key])):
+        for id_, payload in self.store.scan(LOCATION_KEYS, with_any_of("shard", [key])):
             for path in (each.path for each in stored_locations(payload)):
                 if is_in_shard(path, key) and path not in seen:
                     self._detach(id_, path, shard)
@@ -232,9 +232,9 @@ class IndexRun:
 
     def _finish_records(self, shard: str | None, count: int) -> None:
         """Note that records of a shard are stored or have failed; remember the shard when all are."""
-        progress = None if shard is None else self._shards.get(shard)
-        if shard is None or progress is None:
+        if shard not in self._shards:
             return
+        progress = self._shards[shard]
         progress.in_flight -= count
         if progress.is_read and not progress.in_flight:
             del self._shards[shard]
@@ -251,7 +251,7 @@ class IndexRun:
 
     def _count_points(self, shard: str) -> int:
         """Return how many points the collection has with the key of a shard."""
-        return self.store.count(Where("shard", [storable(shard)]))
+        return self.store.count(with_any_of("shard", [storable(shard)]))
 
     def _version(self, version: str) -> str:
         """Return the version of a shard, with how it is read and what a run adds to its points."""
@@ -278,7 +278,7 @@ class IndexRun:
             return False
         (point,) = named
         id_, payload, path = point.id, point.payload, storable(record.key)
-        has_time = record.mtime != 0 or record.shard is None  # what has neither is as its shard or its address
+        has_time = record.mtime != 0 or record.shard is None  # an address alone may have none
         lacks_thumbnail = self.thumbnails is not None and self.thumbnails.lacks(id_, payload)
         if not (has_time and point.is_as_it_was(record)) or lacks_thumbnail:
             return False

@@ -34,7 +34,7 @@ class Batch:
 
 
 class Writer:
-    """Writes the points and changes of a run; what a batch needs of an earlier one waits for that."""
+    """Writes the points and changes of a run; a batch that changes points of an earlier one waits for it."""
 
     def __init__(self, store: Store, merger: Merger, on_written: Callable[[Batch, list[str]], object]) -> None:
         """Start the threads.

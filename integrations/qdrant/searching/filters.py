@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.integrations.qdrant.points import storable
 from cocoa_embed.integrations.qdrant.searching import conditions
 from cocoa_embed.integrations.qdrant.searching.conditions import TEXT, TIME, Condition, Not, Scalar, all_of, any_of
+from cocoa_embed.sources.base import storable
 
 FORMS = (
     "write KEY=VALUE, KEY!=VALUE, KEY<VALUE, KEY<=VALUE, KEY>VALUE, KEY>=VALUE, KEY~WORDS, KEY!~WORDS,"

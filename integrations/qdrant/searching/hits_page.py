@@ -38,7 +38,7 @@ def write_hits_page(
         raise CocoaError(f"{printable(file)} cannot be written ({error.strerror})") from error
 
 
-def card(hit: Hit, allowed_hosts: Sequence[str] = ()) -> dict[str, object]:
+def card(hit: Hit, allowed_hosts: Sequence[str]) -> dict[str, object]:
     """Return what the page shows of a hit: score, caption, the first of its files that exists, and a thumbnail.
 
     The thumbnail made when the image was indexed comes first: it shows what was embedded.

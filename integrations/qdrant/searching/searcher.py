@@ -21,7 +21,6 @@ from cocoa_embed.encode.encoder import ModelInput, make_input
 from cocoa_embed.encode.vectors import unit
 from cocoa_embed.errors import CocoaError, UsageError, printable
 from cocoa_embed.images.load import ImageSource
-from cocoa_embed.integrations.qdrant.points import storable
 from cocoa_embed.integrations.qdrant.searching.conditions import field_paths
 from cocoa_embed.integrations.qdrant.searching.options import SearchOptions
 from cocoa_embed.integrations.qdrant.searching.payload_keys import create_index, refuse_unknown_keys, values
@@ -35,6 +34,7 @@ from cocoa_embed.integrations.qdrant.stores.base import (
 )
 from cocoa_embed.integrations.qdrant.stores.client_filters import Filter, read_conditions, read_filter
 from cocoa_embed.integrations.qdrant.stores.store import Store
+from cocoa_embed.sources.base import storable
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -161,7 +161,7 @@ class Searcher(ABC):
         inputs = [query_inputs(query, options.any_orientation) for query in queries]
         conditions = read_conditions(options.query_filter)
         self._check_vectors(options.vectors)
-        filter_ = read_filter(options.query_filter, self.store.payload_indexes())
+        filter_ = read_filter(conditions, self.store.payload_indexes())
         examples = self._find_examples(queries)
         flat = list(chain.from_iterable(inputs))
         embedded = iter(self._embed_queries(flat, options.vectors) if flat else ())
@@ -296,7 +296,7 @@ def as_id(name: str) -> str | int | None:
         return None
 
 
-def combine(query: np.ndarray | None, examples: Examples, vectors: int = 1) -> np.ndarray:
+def combine(query: np.ndarray | None, examples: Examples, vectors: int) -> np.ndarray:
     """Return the vector to search for: the mean of query and liked examples, moved away from the mean of the others.
 
     As Qdrant's strategy ``average_vector`` does; each vector counts by its direction.

@@ -19,7 +19,7 @@ from cocoa_embed.errors import ImageError
 from cocoa_embed.integrations.qdrant.indexing.embed_records import FailedRecord, NewPoint, PointStream
 from cocoa_embed.integrations.qdrant.points import describe
 from cocoa_embed.integrations.qdrant.shards.files import FAILED_SUFFIX, SUFFIX, EmbeddingFolder
-from cocoa_embed.integrations.qdrant.stores.base import TOGETHER, Point, Signature, refuse_both
+from cocoa_embed.integrations.qdrant.stores.base import Point, signature_of
 from cocoa_embed.sources.base import Record, Shard, Source
 
 PART_RECORDS = 2048
@@ -61,21 +61,22 @@ def parts_of(sources: Iterable[Source], on_error: Callable[[str, str], object] =
     :param on_error: Called with a list that cannot be read to its end, and the reason.
     :raises ImageError: If a folder cannot be listed.
     """
-
-    def records_of(shard: Shard) -> Iterator[Record]:
-        try:
-            yield from shard.records()
-        except ImageError as error:
-            on_error(shard.key, error.reason)
-
     shards = chain.from_iterable(source.shards() for source in sources)
     for is_versioned, together in groupby(shards, key=lambda shard: bool(shard.version)):
         if is_versioned:
             yield from (Part(digest([shard.key, shard.version]), shard.key, shard.records) for shard in together)
         else:
-            records = chain.from_iterable(map(records_of, together))
+            records = chain.from_iterable(good_records(shard, on_error) for shard in together)
             while group := list(take_group(records)):
                 yield Part(digest(map(version_of, group)), group[0].key, partial(iter, group))
+
+
+def good_records(part: Shard | Part, on_error: Callable[[str, str], object]) -> Iterator[Record]:
+    """Yield the records of a shard or a part; if it cannot be read to its end, those before the fault."""
+    try:
+        yield from part.records()
+    except ImageError as error:
+        on_error(part.key, error.reason)
 
 
 def version_of(record: Record) -> str:
@@ -123,17 +124,6 @@ def plan(
         yield EmbedSummary(folder.place, failed=failed)
 
 
-def sign(folder: EmbeddingFolder, encoder: Encoder) -> None:
-    """Name the model in the folder.
-
-    :raises CocoaError: If the folder has embeddings of another model.
-    """
-    encoder.require_images(with_text=folder.embed == TOGETHER)
-    vectors = encoder.most_vectors
-    refuse_both(folder.embed, vectors)
-    folder.sign(Signature(encoder.name, encoder.fingerprint, encoder.dimension, folder.embed, vectors))
-
-
 def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder) -> EmbedSummary:
     """Embed the images of a part and write its file.
 
@@ -142,18 +132,15 @@ def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder) -> EmbedSu
     failed: list[dict[str, str]] = []
     encoder = encoder.truncate(encoder.dimension, encoder.most_vectors)
 
-    def records() -> Iterator[Record]:
-        try:
-            yield from part.records()
-        except ImageError as error:
-            failed.append({"path": part.key, "reason": error.reason})
+    def note(path: str, reason: str) -> None:
+        failed.append({"path": path, "reason": reason})
 
     def points() -> Iterator[Point]:
-        for outcome in PointStream(encoder=encoder, embed=folder.embed).run(records()):
+        for outcome in PointStream(encoder=encoder, embed=folder.embed).run(good_records(part, note)):
             if isinstance(outcome, NewPoint):
                 yield outcome.point
             elif isinstance(outcome, FailedRecord):
-                failed.append({"path": outcome.record.key, "reason": outcome.error.reason})
+                note(outcome.record.key, outcome.error.reason)
 
     started, loading = time.perf_counter(), encoder.load_seconds
     count = folder.write(part.name, points(), failed, encoder.dimension * encoder.most_vectors)
@@ -166,7 +153,7 @@ def embed(planned: Iterable[Part | EmbedSummary], folder: EmbeddingFolder, encod
 
     :raises CocoaError: If the folder has embeddings of another model, or cannot be written.
     """
-    sign(folder, encoder)
+    folder.sign(signature_of(encoder, folder.embed))
 
     def finish(each: Part | EmbedSummary) -> EmbedSummary:
         return each if isinstance(each, EmbedSummary) else embed_part(each, folder, encoder)

@@ -95,8 +95,12 @@ class EmbeddingFolder:
         """
         found = self.signature()
         if found is None:
-            content = json.dumps(asdict(signature), indent=2).encode()
-            self._write(lambda file: (file.write(content), SIGNATURE_FILE)[1])
+
+            def fill(file: Any) -> str:  # noqa: ANN401
+                file.write(json.dumps(asdict(signature), indent=2).encode())
+                return SIGNATURE_FILE
+
+            self._write(fill)
         else:
             found.require(signature, printable(self.place), "folder")
 

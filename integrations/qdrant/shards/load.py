@@ -55,8 +55,8 @@ def load(
     names = folder.names()[number - 1 :: count]
     points = 0
     for name in names:
-        # A writer a file: what it has written, the lookups of the next file find.
-        with Writer(store, Merger(lambda _: False), lambda *_: None) as writer:
+        # One writer for each file: the lookups of the next file find what it has written.
+        with Writer(store, Merger(), lambda *_: None) as writer:
             remaining = folder.read(name)
             while group := list(islice(remaining, LOOKUP_POINTS)):
                 load_group(group, store, writer)

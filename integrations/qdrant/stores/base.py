@@ -16,6 +16,8 @@ from cocoa_embed.sources.files import is_deleted
 if TYPE_CHECKING:
     from qdrant_client import models
 
+    from cocoa_embed.encode.encoder import Encoder
+
 KEYWORD, INTEGER, FLOAT, TEXT, BOOL, DATETIME = "keyword", "integer", "float", "text", "bool", "datetime"
 TENANT = "tenant"
 """The type of a keyword index by whose values points are kept together."""
@@ -101,13 +103,6 @@ class Replacement(NamedTuple):
     """None if the vectors stay as they are."""
 
 
-class Where(NamedTuple):
-    """The points whose payload has one of these values under a key."""
-
-    key: str
-    values: Sequence[str]
-
-
 class Query(NamedTuple):
     """A vector search."""
 
@@ -140,7 +135,7 @@ class Query(NamedTuple):
 
     @property
     def of_each_vector(self) -> Query:
-        """The search of one of two vectors, whose hits are fused by rank: it is deeper, as ranks differ."""
+        """The search of one of two vectors; it finds more than ``limit``, as their hits are fused by rank."""
         return self._replace(limit=max(self.candidates, self.limit + self.offset), offset=0, diversity=None)
 
     @property
@@ -201,9 +196,9 @@ class Signature:
         return (self.dimension,) if self.vectors == 1 else (self.vectors, self.dimension)
 
     def require(self, other: Signature, name: str, kind: str) -> None:
-        """Check that what was made with this signature takes embeddings of another one.
+        """Check that embeddings with another signature go with those of this one.
 
-        :param name: Of what was made, a ``kind``.
+        :param name: The ``kind``, such as a collection, that has this signature, for messages.
         :raises CocoaError: If the model, the dimension, what is embedded or the number of vectors is another.
         """
         self.require_vectors(other.vectors, other.model, name, kind)
@@ -218,9 +213,9 @@ class Signature:
             )
 
     def require_vectors(self, count: int, model: str, name: str, kind: str) -> None:
-        """Check that what was made with this signature takes the embeddings of a model of ``count`` vectors.
+        """Check that embeddings of a model of ``count`` vectors go with those of this signature.
 
-        :param name: Of what was made, a ``kind``.
+        :param name: The ``kind``, such as a collection, that has this signature, for messages.
         :raises CocoaError: If its points have another number.
         """
         if self.vectors != count:
@@ -232,21 +227,34 @@ class Signature:
             )
 
 
-def of_vectors(count: int) -> str:
-    """Return a number of vectors in words."""
-    return "one vector" if count == 1 else f"{count} vectors"
+def signature_of(encoder: Encoder, embed: str) -> Signature:
+    """Return the signature of what a model embeds.
 
-
-def refuse_both(embed: str, vectors: int) -> None:
-    """Refuse to keep several vectors of an image beside one of its caption.
-
-    :raises UsageError: If that is what is asked for.
+    :param embed: What is embedded of an image: one of ``EMBEDS``.
+    :raises CocoaError: If the model does not embed that.
+    :raises UsageError: If several vectors of an image were to be kept beside one of its caption.
     """
+    encoder.require_images(with_text=embed == TOGETHER)
+    vectors = encoder.most_vectors
     if embed == BOTH and vectors > 1:
         raise UsageError(
             f"--embed both keeps one vector of an image and one of its caption, and the model makes {vectors}; give"
             " --embed image or image+caption, or the export of the model with --vectors 1"
         )
+    return Signature(encoder.name, encoder.fingerprint, encoder.dimension, embed, vectors)
+
+
+def of_vectors(count: int) -> str:
+    """Return a number of vectors in words."""
+    return "one vector" if count == 1 else f"{count} vectors"
+
+
+def with_any_of(key: str, values: Sequence[str]) -> models.Filter:
+    """Return the filter for the points whose payload has one of these values under a key."""
+    from qdrant_client import models
+
+    match = models.MatchAny(any=list(values))
+    return models.Filter(must=[models.FieldCondition(key=key, match=match)])
 
 
 def oversampling(limit: int) -> float:

@@ -115,9 +115,9 @@ def payload_size(name: str, payload: Payload) -> int:
 
 
 def check_query(query: Query, shape: tuple[int, ...]) -> Query:
-    """Return a query with its vector in float32, and its threshold the next smaller one, which Qdrant leaves out.
+    """Return a query as Qdrant takes it: its vector in float32, and a threshold that equal scores pass.
 
-    Qdrant's score of several vectors is a sum, and so is their threshold.
+    Qdrant's score of several vectors is a sum, and so is the threshold.
 
     :param shape: Of an embedding in the collection.
     :raises CocoaError: If the vector is not finite or has another dimension than the collection.

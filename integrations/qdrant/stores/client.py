@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 from cocoa_embed.errors import CocoaError, UsageError, one_line, require
 from cocoa_embed.integrations.qdrant.points import REVISION
 from cocoa_embed.integrations.qdrant.stores import base
-from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature, Where
+from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature
 from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name
 from cocoa_embed.integrations.qdrant.stores.options import TURBO_BITS, StoreOptions
-from cocoa_embed.integrations.qdrant.stores.store import Condition, Store
+from cocoa_embed.integrations.qdrant.stores.store import Store
 
 require("qdrant_client", "qdrant")
 
@@ -58,10 +58,16 @@ class ClientStore(Store):
     """A collection behind a client, which one thread at a time uses."""
 
     def __init__(
-        self, location: str, collection: str, options: StoreOptions, *, client: QdrantClient | None = None
+        self,
+        location: str,
+        collection: str,
+        options: StoreOptions,
+        place: str | None = None,
+        *,
+        client: QdrantClient | None = None,
     ) -> None:
         """Name a collection; the client is not used yet."""
-        super().__init__(location, collection, options)
+        super().__init__(location, collection, options, place)
         self._opened = client
         self._info: models.CollectionInfo
         """What ``signature`` has read of the collection."""
@@ -124,12 +130,12 @@ class ClientStore(Store):
                 raise
         self._signed = signature
 
-    def count(self, where: Where | None = None) -> int:
+    def count(self, condition: models.Filter | None = None) -> int:
         """Return the number of points."""
-        return self._call(lambda client: client.count(self.collection, to_filter(where), exact=True)).count
+        return self._call(lambda client: client.count(self.collection, condition, exact=True)).count
 
-    def _scroll(self, condition: Condition, **page: Any) -> tuple[Sequence[models.Record], Any]:
-        return self._call(lambda client: client.scroll(self.collection, to_filter(condition), **page))
+    def _scroll(self, condition: models.Filter | None, **page: Any) -> tuple[Sequence[models.Record], Any]:
+        return self._call(lambda client: client.scroll(self.collection, condition, **page))
 
     def _retrieve(self, ids: Sequence[str]) -> Sequence[models.Record]:
         return self._call(lambda client: client.retrieve(self.collection, list(ids), with_payload=True))
@@ -148,27 +154,27 @@ class ClientStore(Store):
     def _operations(self, replacement: Replacement) -> Iterator[models.UpdateOperation]:
         """Yield the operations of a replacement, each of which does nothing if the point has another revision."""
         id_, _, payload, _, vector = replacement
-        condition = self._condition(replacement)
+        selected = self._selected(replacement)
         if vector is not None and vector.values is None:
-            delete = models.DeleteVectors(filter=condition, vector=[vector.name])
+            delete = models.DeleteVectors(vector=[vector.name], **selected)
             yield models.DeleteVectorsOperation(delete_vectors=delete)
         elif vector is not None:
             vectors = [models.PointVectors(id=id_, vector=vector.named)]
-            update = models.UpdateVectors(points=vectors, update_filter=condition)
+            update = models.UpdateVectors(points=vectors, update_filter=selected.get("filter"))
             yield models.UpdateVectorsOperation(update_vectors=update)
         if payload is None:
-            yield models.DeleteOperation(delete=models.FilterSelector(filter=condition))
+            yield models.DeleteOperation.model_validate({"delete": selected})
         else:
-            overwrite = models.SetPayload(payload=payload, filter=condition)
+            overwrite = models.SetPayload(payload=payload, **selected)
             yield models.OverwritePayloadOperation(overwrite_payload=overwrite)
 
-    def _condition(self, replacement: Replacement) -> models.Filter:
-        """Return a filter for the point, if its payload still has the revision."""
+    def _selected(self, replacement: Replacement) -> dict[str, Any]:
+        """Return what an operation selects: the point, if its payload still has the revision."""
         if replacement.revision is None:
             field: models.Condition = models.IsEmptyCondition(is_empty=models.PayloadField(key=REVISION))
         else:
             field = models.FieldCondition(key=REVISION, match=models.MatchValue(value=replacement.revision))
-        return models.Filter(must=[models.HasIdCondition(has_id=[replacement.id]), field])
+        return {"filter": models.Filter(must=[models.HasIdCondition(has_id=[replacement.id]), field])}
 
     def _search(self, queries: Sequence[Query]) -> Sequence[Sequence[models.ScoredPoint]]:
         made = map(self._fused if self.embed == base.BOTH else self._best, queries)
@@ -303,11 +309,3 @@ def reason(error: BaseException) -> str:
             return one_line(error)
         return f"{error.status_code} {error.reason_phrase}: {' '.join(str(message).split())}"
     return one_line(error)
-
-
-def to_filter(condition: Condition) -> models.Filter | None:
-    """Return the filter for a condition."""
-    if not isinstance(condition, Where):
-        return condition
-    match = models.MatchAny(any=list(condition.values))
-    return models.Filter(must=[models.FieldCondition(key=condition.key, match=match)])

@@ -16,7 +16,6 @@ from qdrant_client import models  # noqa: E402 - after the error that names the 
 
 Part: TypeAlias = tree.Condition | models.Condition
 Filter: TypeAlias = Part | Sequence[str | Part] | str | None
-CLIENT_CONDITIONS = get_args(models.Condition)
 
 Indexes: TypeAlias = Mapping[str, str] | None
 """The types of payload indexes by field, where a server takes filters on no other field; None if any field may be in a
@@ -33,11 +32,9 @@ def read_conditions(query_filter: Filter) -> list[Part]:
     """
     if query_filter is None:
         return []
-    is_one = isinstance(query_filter, (str, tree.Condition, *CLIENT_CONDITIONS))
-    parts: Any = [query_filter] if is_one else query_filter
-    if isinstance(parts, Sequence) and all(
-        isinstance(part, (str, tree.Condition, *CLIENT_CONDITIONS)) for part in parts
-    ):
+    accepted: Any = (str, tree.Condition, *get_args(models.Condition))
+    parts: Any = [query_filter] if isinstance(query_filter, accepted) else query_filter
+    if isinstance(parts, Sequence) and all(isinstance(part, accepted) for part in parts):
         return [parse_filter(part) if isinstance(part, str) else part for part in parts]
     kinds = type(query_filter).__name__
     if isinstance(parts, Sequence):

@@ -11,24 +11,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import Timeout
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, require
 from cocoa_embed.folders import write_atomically
 from cocoa_embed.integrations.qdrant.stores import base
-from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature, Where
+from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature
 from cocoa_embed.integrations.qdrant.stores.foreign import EDGE_COLLECTION, EDGE_MARKER, refuse_foreign_index
 from cocoa_embed.integrations.qdrant.stores.locks import folder_lock, in_use
 from cocoa_embed.integrations.qdrant.stores.options import TURBO_BITS, StoreOptions
-from cocoa_embed.integrations.qdrant.stores.store import Condition, Store
+from cocoa_embed.integrations.qdrant.stores.store import Store
 
 require("qdrant_edge", "edge")
 
 import qdrant_edge as edge  # noqa: E402 - after the error that names the extra
 
 from cocoa_embed.integrations.qdrant.stores.edge_filters import to_edge_filter  # noqa: E402
+
+if TYPE_CHECKING:
+    from qdrant_client import models
 
 Answer = TypeVar("Answer")
 
@@ -60,9 +63,8 @@ class EdgeStore(Store):
 
     def __init__(self, folder: Path, collection: str, options: StoreOptions) -> None:
         """Name a folder and a shard."""
-        super().__init__(printable(folder), collection, options)
+        super().__init__(printable(folder), collection, options, str(folder.absolute()))
         self._folder = folder
-        self.place = str(folder.absolute())
         self._shard_folder = folder / collection
         self._last_flush = 0.0
 
@@ -112,9 +114,9 @@ class EdgeStore(Store):
                     os.replace(self._folder / SCRATCH, self._shard_folder)
         self._signed = signature
 
-    def count(self, where: Where | None = None) -> int:
+    def count(self, condition: models.Filter | None = None) -> int:
         """Return the number of points."""
-        return self._call(lambda shard: shard.count(edge.CountRequest(exact=True, filter=to_filter(where))))
+        return self._call(lambda shard: shard.count(edge.CountRequest(exact=True, filter=to_edge_filter(condition))))
 
     def finish(self) -> None:
         """Build the search index, without which a search takes longer the more points there are.
@@ -140,8 +142,8 @@ class EdgeStore(Store):
         with self._readable_errors():
             super().close()
 
-    def _scroll(self, condition: Condition, *, with_vectors: bool, **page: Any) -> tuple[Sequence[Any], Any]:
-        request = edge.ScrollRequest(filter=to_filter(condition), with_vector=with_vectors, **page)
+    def _scroll(self, condition: models.Filter | None, *, with_vectors: bool, **page: Any) -> tuple[Sequence[Any], Any]:
+        request = edge.ScrollRequest(filter=to_edge_filter(condition), with_vector=with_vectors, **page)
         return self._call(lambda shard: shard.scroll(request))
 
     def _retrieve(self, ids: Sequence[str]) -> Sequence[Any]:
@@ -268,14 +270,6 @@ class EdgeStore(Store):
         return self._opened
 
 
-def to_filter(condition: Condition) -> edge.Filter | None:
-    """Return the engine's filter for a condition."""
-    if isinstance(condition, Where):
-        match = edge.MatchAny(list(condition.values))
-        return edge.Filter(must=[edge.FieldCondition(condition.key, match=match)])
-    return None if condition is None else to_edge_filter(condition)
-
-
 RRF_K = 2
 """That of a server and of the local mode."""
 HNSW_DEFAULTS = (16, 100, 10_000)
@@ -288,13 +282,11 @@ def query_request(query: Query, is_fused: bool) -> edge.QueryRequest:
 
     Diversity chooses by the image's among the best of both.
     """
-    if query.vectors > 1 and not is_fused:
-        rescored = nearest(query, base.ALL_VECTORS)
-        if not query.exact:
-            rescored["prefetches"] = [edge.Prefetch(**nearest(query.of_first_vector, None))]
-        return edge.QueryRequest(**rescored, offset=query.offset, with_payload=True)
     if not is_fused:
-        return edge.QueryRequest(**nearest(query, None), offset=query.offset, with_payload=True)
+        search = nearest(query, base.ALL_VECTORS if query.vectors > 1 else None)
+        if query.vectors > 1 and not query.exact:
+            search["prefetches"] = [edge.Prefetch(**nearest(query.of_first_vector, None))]
+        return edge.QueryRequest(**search, offset=query.offset, with_payload=True)
     names = (base.IMAGE_VECTOR, base.CAPTION_VECTOR)
     each = [edge.Prefetch(**nearest(query.of_each_vector, name)) for name in names]
     fused: dict[str, Any] = {"prefetches": each, "query": edge.Fusion.Rrf(RRF_K)}
@@ -314,7 +306,7 @@ def nearest(query: Query, name: str | None) -> dict[str, Any]:
         "query": edge.Query.Nearest(vector, name)
         if query.diversity is None
         else edge.Mmr(vector, 1 - query.diversity, query.candidates, name),
-        "filter": to_filter(query.filter),
+        "filter": to_edge_filter(query.filter),
         "score_threshold": query.score_threshold,
         "params": edge.SearchParams(hnsw_ef=query.hnsw_ef, exact=query.exact, quantization=quantization),
     }

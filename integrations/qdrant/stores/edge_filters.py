@@ -15,11 +15,13 @@ from cocoa_embed.errors import UsageError
 OTHER_NAMES = {"Range": "RangeFloat", "DatetimeRange": "RangeDateTime"}
 
 
-def to_edge_filter(query_filter: models.Filter) -> edge.Filter:
-    """Return a filter for Qdrant Edge that lets the same points through.
+def to_edge_filter(query_filter: models.Filter | None) -> edge.Filter | None:
+    """Return a filter for Qdrant Edge that lets the same points through; None for none.
 
     :raises UsageError: If it contains a condition that Qdrant Edge does not have, or a malformed key.
     """
+    if query_filter is None:
+        return None
     clauses = {name: getattr(query_filter, name) for name in ("must", "should", "must_not")}
     try:
         lists = {name: _convert([part] if isinstance(part, BaseModel) else part) for name, part in clauses.items()}
@@ -35,7 +37,7 @@ def _convert(value: Any) -> Any:  # noqa: ANN401 - conditions have no common typ
         case models.HasIdCondition():
             return edge.HasIdCondition(set(value.has_id))
         case models.NestedCondition():
-            return edge.NestedCondition(value.nested.key, to_edge_filter(value.nested.filter))
+            return edge.NestedCondition(value.nested.key, _convert(value.nested.filter))
         case models.IsEmptyCondition(is_empty=field):
             return edge.IsEmptyCondition(field.key)
         case models.IsNullCondition(is_null=field):

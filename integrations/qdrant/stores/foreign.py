@@ -6,15 +6,18 @@ from pathlib import Path
 
 from cocoa_embed.errors import CocoaError, printable
 
-LOCAL_META, LOCAL_LOCK, LOCAL_COLLECTION = "meta.json", ".cocoa-lock", "storage.sqlite"
-"""The client's list of collections; the first file in a new store, our lock, as the client takes its own only after it
-has read files that another process may be writing; the client's file in each collection."""
+LOCAL_META, LOCAL_COLLECTION = "meta.json", "storage.sqlite"
+"""The client's list of collections, and its file in each collection."""
+LOCAL_LOCK = ".cocoa-lock"
+"""The first file in a new store. The client takes its own lock only after it has read files that another process may be
+writing."""
 EDGE_MARKER, EDGE_COLLECTION = ".cocoa-edge", "edge_config.json"
 """In a folder of shards, locked while one is created in it; the engine's own file in each shard."""
-MARKERS = {"path": LOCAL_META, "edge": EDGE_MARKER}
-"""The file that marks the folder of an index, by the keyword that opens it."""
 OWN_MARKERS = {"path": (LOCAL_LOCK, LOCAL_META), "edge": (EDGE_MARKER,)}
-"""The same, and the file that is first in a folder, which a killed process may leave alone there."""
+"""The files that mark the folder of an index, by the keyword that opens it. A killed process may leave the first alone;
+every complete index has the last."""
+STORE_NAMES = {"path": "Qdrant's local mode", "edge": "Qdrant Edge"}
+"""The names of the kinds of index for people."""
 SERVER_MARKERS = ("raft_state.json", ".qdrant-initialized")
 """In the storage folder of a Qdrant server, above its collections."""
 
@@ -40,14 +43,14 @@ def refuse_foreign_index(folder: Path, *, markers: tuple[str, ...]) -> None:
 
 def find_owner(folder: Path, markers: tuple[str, ...]) -> str | None:
     """Return what a folder is and how to open it, if another store or another option owns it; None if none does."""
-    for option, marker in MARKERS.items():
+    for option, (*_, marker) in OWN_MARKERS.items():
         if marker not in markers and (folder / marker).is_file():
-            return f"is an index that {store_name(option)} made; open it with --{option} ({option}= in Python)"
+            return f"is an index that {STORE_NAMES[option]} made; open it with --{option} ({option}= in Python)"
     parents = {"path": (LOCAL_COLLECTION, folder.parent.parent), "edge": (EDGE_COLLECTION, folder.parent)}
     for option, (marker, root) in parents.items():
         if marker not in markers and (folder / marker).is_file():
             return (
-                f"is one collection of an index that {store_name(option)} made; give --{option} {printable(root)}"
+                f"is one collection of an index that {STORE_NAMES[option]} made; give --{option} {printable(root)}"
                 f" --collection {printable(folder.name)} ({option}= and collection= in Python)"
             )
     if folder.name == "collection" and (folder.parent / LOCAL_META).is_file():
@@ -57,8 +60,3 @@ def find_owner(folder: Path, markers: tuple[str, ...]) -> str | None:
     if (folder / "modules.json").is_file():
         return "is a model, not an index; give it as --model, and another folder for the index"
     return None
-
-
-def store_name(option: str) -> str:
-    """Return the name of a kind of index for people."""
-    return {"path": "Qdrant's local mode", "edge": "Qdrant Edge"}[option]

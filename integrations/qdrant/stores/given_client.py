@@ -24,10 +24,6 @@ def open_collection(client: QdrantClient, collection: str, options: StoreOptions
         )
     if isinstance(client._client, QdrantRemote):
         options.refuse("a given client", ("prefer_grpc",), "a client with prefer_grpc=True")
-        server = ServerStore("the given client", collection, options, client=client)
-        server.place = client._client.rest_uri
-        return server
+        return ServerStore("the given client", collection, options, client._client.rest_uri, client=client)
     options.refuse("a local client", ("prefer_grpc", *CREATE_KEYS), "one that is connected to a server")
-    memory = InMemoryStore("the given client", collection, options, client=client)
-    memory.place = None
-    return memory
+    return InMemoryStore("the given client", collection, options, client=client)

@@ -8,11 +8,11 @@ import pickle
 import sqlite3
 import weakref
 from collections.abc import Iterator, Sequence
-from operator import methodcaller
 from pathlib import Path
+from typing import Any
 
 from filelock import Timeout
-from qdrant_client import QdrantClient, models
+from qdrant_client import QdrantClient
 from qdrant_client.local.qdrant_local import QdrantLocal
 
 from cocoa_embed.errors import CocoaError, one_line, printable
@@ -40,7 +40,7 @@ def open_collection(path: str | Path, collection: str, options: StoreOptions) ->
     """
     options.refuse("a local store (path)", ("prefer_grpc", *CREATE_KEYS), "the url of a server, or edge")
     if str(path) == MEMORY:
-        return ClientStore("memory", collection, options, client=QdrantClient(MEMORY))
+        return InMemoryStore("memory", collection, options, client=QdrantClient(MEMORY))
     return LocalStore(printable(path), collection, options, path=Path(path))
 
 
@@ -73,20 +73,14 @@ class InMemoryStore(ClientStore):
                 self._note(point.id, point.payload)
 
     def _replace(self, replacements: Sequence[Replacement]) -> None:
-        # Nobody else can change a point meanwhile: there is no revision to check.
         with self._lock:
-            for id_, _, payload, _, vector in replacements:
-                if vector is not None and vector.values is None:
-                    self._call(methodcaller("delete_vectors", self.collection, [vector.name], points=[id_], wait=True))
-                elif vector is not None:
-                    vectors = [models.PointVectors(id=id_, vector=vector.named)]
-                    self._call(methodcaller("update_vectors", self.collection, vectors, wait=True))
-                if payload is None:
-                    selector = models.PointIdsList(points=[id_])
-                    self._call(methodcaller("delete", self.collection, selector, wait=True))
-                else:
-                    self._call(methodcaller("overwrite_payload", self.collection, payload, points=[id_], wait=True))
-                    self._note(id_, payload)
+            for each in replacements:
+                self._note(each.id, each.payload or {})
+            super()._replace(replacements)
+
+    def _selected(self, replacement: Replacement) -> dict[str, Any]:
+        # No other process can change a point meanwhile, and a filter by the revision would read every point.
+        return {"points": [replacement.id]}
 
     def _note(self, id_: str, payload: Payload) -> None:
         if self._ids_by_path is not None:
@@ -102,9 +96,8 @@ class LocalStore(InMemoryStore):
 
     def __init__(self, location: str, collection: str, options: StoreOptions, *, path: Path) -> None:
         """Name a folder and a collection."""
-        super().__init__(location, collection, options)
+        super().__init__(location, collection, options, str(path.absolute()))
         self._path = path
-        self.place = str(path.absolute())
 
     def create(self, signature: Signature) -> None:
         """Create the collection with its signature, and the folder if needed."""

@@ -70,7 +70,7 @@ def open_collection(url: str, collection: str, options: StoreOptions) -> ServerS
     key = options.api_key
     if key is not None and not (key.isascii() and key.isprintable()):
         raise UsageError("the API key holds characters that cannot be sent; is there a line break at its end?")
-    return ServerStore(url, collection, options)
+    return ServerStore(url, collection, options, url)
 
 
 class ServerStore(ClientStore):

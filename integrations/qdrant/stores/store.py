@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,18 +23,11 @@ from cocoa_embed.integrations.qdrant.stores.base import (
     Replacement,
     Signature,
     StoredPoint,
-    Where,
 )
 from cocoa_embed.integrations.qdrant.stores.options import StoreOptions
 
 if TYPE_CHECKING:
     from qdrant_client import models
-
-
-Condition: TypeAlias = "Where | models.Filter | None"
-"""Which points are read; None for all."""
-
-NO_VECTORS: Mapping[str, NewVector] = {}
 
 
 class Store(ABC):
@@ -49,14 +42,14 @@ class Store(ABC):
     scroll_limit = 1000
     """Points per page of a scan."""
 
-    def __init__(self, location: str, collection: str, options: StoreOptions) -> None:
+    def __init__(self, location: str, collection: str, options: StoreOptions, place: str | None) -> None:
         """Name a location and a collection; nothing is opened or created yet.
 
         :param location: The folder or address, for messages.
+        :param place: Names the location for all processes of this machine; None if it is this process's memory.
         """
         self.location = location
-        self.place: str | None = location
-        """Names the location for all processes of this machine; None if it is this process's memory."""
+        self.place = place
         self.collection = collection
         self.name = f"collection {collection!r} in {location}"
         self.options = options
@@ -97,13 +90,13 @@ class Store(ABC):
         :raises CocoaError: If it exists with another signature or another dimension.
         """
 
-    def scan(self, keys: Sequence[str] | None, where: Where | None = None) -> Iterator[tuple[str, Payload]]:
+    def scan(self, keys: Sequence[str] | None, condition: models.Filter | None = None) -> Iterator[tuple[str, Payload]]:
         """Yield the id of every point and, of ``keys``, those that its payload has; all keys if there are none given.
 
-        :param where: Yield only these points.
+        :param condition: Yield only these points.
         """
         fields: Any = True if keys is None else list(keys) or False
-        for record in self._records(where, self.scroll_limit, with_payload=fields, with_vectors=False):
+        for record in self._records(condition, self.scroll_limit, with_payload=fields, with_vectors=False):
             yield str(record.id), record.payload or {}
 
     def retrieve(self, ids: Sequence[str]) -> dict[str, Payload]:
@@ -112,13 +105,13 @@ class Store(ABC):
 
     def by_paths(self, paths: Sequence[str]) -> dict[str, Payload]:
         """Return the payloads, by id, of the points that have one of these among their ``paths``."""
-        return dict(self.scan(None, Where("paths", paths))) if paths else {}
+        return dict(self.scan(None, base.with_any_of("paths", paths))) if paths else {}
 
     @abstractmethod
-    def count(self, where: Where | None = None) -> int:
+    def count(self, condition: models.Filter | None = None) -> int:
         """Return the number of points.
 
-        :param where: Count only these points.
+        :param condition: Count only these points.
         """
 
     def insert(self, points: Sequence[Point]) -> None:
@@ -131,7 +124,7 @@ class Store(ABC):
             self._insert(points, sizes)
 
     def replace_payloads(
-        self, changes: Sequence[tuple[str, Payload, Payload | None]], vectors: Mapping[str, NewVector] = NO_VECTORS
+        self, changes: Sequence[tuple[str, Payload, Payload | None]], vectors: Mapping[str, NewVector] | None = None
     ) -> None:
         """Replace payloads and wait until they are stored; a point that something else has changed stays as it is.
 
@@ -145,7 +138,7 @@ class Store(ABC):
             revision = before.get(REVISION)
             new = None if after is None else {**after, REVISION: (revision or 0) + 1}
             size = 0 if new is None else checks.payload_size(f"point {id_}", new)
-            vector = vectors.get(id_)
+            vector = (vectors or {}).get(id_)
             if vector is not None and vector.values is not None:
                 size += checks.vector_size(f"point {id_}", vector.values, self._required_signature().shape)
             replacements.append(Replacement(id_, revision, new, size + checks.BYTES_PER_POINT, vector))
@@ -188,7 +181,7 @@ class Store(ABC):
         records = self._records(query_filter, page, with_payload=True, with_vectors=with_vectors)
         return map(stored_point, islice(records, limit))
 
-    def _records(self, condition: Condition, limit: int, **fields: Any) -> Iterator[Any]:
+    def _records(self, condition: models.Filter | None, limit: int, **fields: Any) -> Iterator[Any]:
         """Yield the records that a condition lets through, read in pages of ``limit``."""
         offset = None
         while True:
@@ -235,7 +228,7 @@ class Store(ABC):
                 closing()
 
     @abstractmethod
-    def _scroll(self, condition: Condition, *, with_vectors: bool, **page: Any) -> tuple[Sequence[Any], Any]:
+    def _scroll(self, condition: models.Filter | None, *, with_vectors: bool, **page: Any) -> tuple[Sequence[Any], Any]:
         """Return a page of records with ``id``, ``payload`` and ``vector``, and the offset of the next page.
 
         :param page: ``limit``, ``offset`` and ``with_payload``, as the clients of Qdrant take them.
@@ -271,12 +264,6 @@ class Store(ABC):
             f"there is no {self.name}{known}; run cocoa-embed index first, or give another place or collection"
         )
 
-    def _other_vectors(self) -> CocoaError:
-        return CocoaError(
-            f"{self.name} does not hold one unnamed vector per point (or two, named image and caption), compared by"
-            " cosine; choose another collection"
-        )
-
     def _read_signature(
         self, fields: Mapping[str, Any] | None, names: Collection[str], sizes: Collection[int]
     ) -> Signature:
@@ -288,7 +275,10 @@ class Store(ABC):
         known = fields or {"model": "an unknown model", "fingerprint": None}
         is_both, vectors = set(names) == {base.IMAGE_VECTOR, base.CAPTION_VECTOR}, known.get("vectors", 1)
         if not (is_both or set(names) == ({""} if vectors == 1 else {"", base.ALL_VECTORS})) or len(sizes) != 1:
-            raise self._other_vectors()
+            raise CocoaError(
+                f"{self.name} does not hold one unnamed vector per point (or two, named image and caption), compared by"
+                " cosine; choose another collection"
+            )
         (dimension,) = sizes
         embed = base.BOTH if is_both else known.get("embed", base.IMAGE)
         return Signature(known["model"], known["fingerprint"], dimension, embed, vectors)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_model import COLOURS, FakeModel, write_colours
-from fake_qdrant import FakeServer, Handler, drop, fake_server
+from fake_qdrant import FakeServer, Handler, drop
 from qdrant_client import QdrantClient
 
 from cocoa_embed.encode.encoder import Encoder
@@ -67,12 +67,6 @@ class Album:
                 np.testing.assert_allclose(caption_vector, encoder.embed_documents([text])[0], atol=1e-3)
             found[payload["relative_path"]] = caption
         return found
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with fake_server() as fake:
-        yield fake
 
 
 @pytest.fixture(params=[TOGETHER, BOTH])
@@ -179,7 +173,7 @@ def test_a_caption_that_is_not_embedded_is_not_stored_either(embed: str) -> None
     change.hold(record)
     assert merger.changes_caption(stored, record)
     for vectors, caption in ({}, "old"), ({"other": None}, "old"), ({"new": NewVector("", np.ones(2))}, "new"):
-        change.vectors = vectors  # type: ignore[assignment]
+        change.vectors = vectors
         payload, vector = merger.apply_with_vector(embed, stored, change)
         assert payload is not None
         assert (payload["caption"], vector) == (caption, vectors.get(caption))
@@ -242,7 +236,7 @@ def test_a_caption_that_is_refused_with_its_image_costs_no_point_and_is_tried_ag
 
 def test_a_model_that_takes_no_image_with_a_text_embeds_them_apart(tmp_path: Path) -> None:
     model = FakeModel()
-    model.supports = lambda modality: isinstance(modality, str)  # type: ignore[method-assign, assignment]
+    model.supports = lambda modality: isinstance(modality, str)
     with pytest.raises(CocoaError, match="does not embed an image together with a text; use --embed both"):
         QdrantIndexer(model, client=QdrantClient(":memory:"), embed=TOGETHER).index(write_colours(tmp_path, "red"))
     assert QdrantIndexer(model, client=QdrantClient(":memory:"), embed=BOTH).index(tmp_path).indexed == 1

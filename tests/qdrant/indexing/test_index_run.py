@@ -25,11 +25,11 @@ from cocoa_embed.integrations.qdrant import IndexSummary, QdrantIndexer
 from cocoa_embed.integrations.qdrant.indexing import writer
 from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint
 from cocoa_embed.integrations.qdrant.indexing.merge import Merger
-from cocoa_embed.integrations.qdrant.points import describe, location_of, make_payload, storable
+from cocoa_embed.integrations.qdrant.points import describe, location_of, make_payload
 from cocoa_embed.integrations.qdrant.stores.base import Point
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources import files
-from cocoa_embed.sources.base import Record
+from cocoa_embed.sources.base import Record, storable
 
 MEBIBYTE = 2**20
 
@@ -143,7 +143,7 @@ def location(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
 
 
 def assert_a_run_finishes(location: Location, folder: ChangingFolder) -> None:
-    with QdrantIndexer(FakeModel(), **location) as index:  # type: ignore[arg-type]
+    with QdrantIndexer(FakeModel(), **location) as index:
         index.index(folder.folder, prune=True, progress=False)
         assert_exactly(index.store, folder.files, index)
         assert index.index(folder.folder, prune=True, progress=False).unchanged == len(folder.files)
@@ -293,7 +293,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
     for number in range(3_000):
         Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / f"{number}.bmp")
     model, memory, stored = FakeModel(), list[int](), dict[str, dict[str, Any]]()
-    model.documents = deque(maxlen=0)  # type: ignore[assignment] - remembers nothing
+    model.documents = deque(maxlen=0)  # remembers nothing
     index = QdrantIndexer(model, batch_size=50)
     index.store = Mock(
         place=None, location="nowhere", collection="images", parallel=1, **{"signature.return_value": None}

@@ -1,9 +1,8 @@
 """Index and search: counts and payloads, hits, and collections that are refused."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -119,23 +118,6 @@ class TestRuns:
             path.unlink()
         album.run(prune_all=True)
         assert (album.summary.pruned, set(album.payloads)) == (2, {"a.png"})
-
-    def test_a_file_that_cannot_be_checked_is_not_pruned(self, album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(path: str | Path, **options: object) -> object:
-                if "/sub/" in f"{path}/":
-                    raise PermissionError(13, "Permission denied", str(path))
-                return function(path, **options)
-
-            return call
-
-        album.run()
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "scandir", refuse(os.scandir))
-            patch.setattr(os, "stat", refuse(os.stat))
-            assert album.run(prune=True) == (0, 3, 0, 0, 1)
-        assert (album.summary.pruned, album.failures) == (0, {"sub": "cannot be listed (Permission denied)"})
-        assert "yellow.jpg" in album.payloads
 
     def test_a_file_that_becomes_unusable_loses_its_point(self, album: Album) -> None:
         album.run()

@@ -5,7 +5,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from fake_model import FakeModel, write_colours
 
+from cocoa_embed.integrations.qdrant import QdrantIndexer
 from cocoa_embed.integrations.qdrant.indexing.manifest import CompleteShard, Fault, Manifest, manifest_file
 
 SHARD = CompleteShard("1", 5, 4, True)
@@ -25,6 +27,15 @@ def test_the_manifest_of_a_collection_is_kept_and_a_folder_that_cannot_be_writte
         if unusable.name == "broken":
             unusable.write_bytes(b"SQLite format 3\0" + b"no database" * 100)
         assert Manifest(unusable).shard("/data/one.tar") is None
+
+
+def test_the_manifest_of_a_collection_in_memory_is_in_memory_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COCOA_CACHE", str(tmp_path / "cache"))
+    write_colours(tmp_path / "photos", "red")
+    assert QdrantIndexer(FakeModel(), path=":memory:").index(tmp_path / "photos", progress=False).indexed == 1
+    assert not (tmp_path / "cache" / "collections").exists()
 
 
 def test_a_manifest_of_an_earlier_version_is_used_and_its_shards_are_read_again(

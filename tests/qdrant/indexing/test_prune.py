@@ -146,18 +146,27 @@ def test_one_of_several_roots_is_refused_alone(disk: Disk, tmp_path: Path) -> No
     assert [failure["path"] for failure in summary.failed] == [str(disk.folder)]
 
 
-def test_a_folder_that_cannot_be_read_keeps_its_points(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
-        if str(path).startswith(str(disk.folder)):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
+@pytest.mark.parametrize(("part", "verb", "unchanged"), [("", "read", 0), ("sub", "listed", COUNT)])
+def test_a_folder_that_cannot_be_read_is_reported_and_keeps_its_points(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, part: str, verb: str, unchanged: int
+) -> None:
+    def refuse(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: str | Path, **options: object) -> object:
+            if f"{path}/".startswith(f"{unreadable}/"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, **options)
 
-    real = os.stat
+        return call
+
+    disk.paint(disk.folder / "sub", 2, first=100)
+    disk.run()
+    unreadable = disk.folder / part
     with monkeypatch.context() as patch:
-        patch.setattr(os, "scandir", refuse)
-        patch.setattr(os, "stat", refuse)
+        patch.setattr(os, "scandir", refuse(os.scandir))
+        patch.setattr(os, "stat", refuse(os.stat))
         summary = disk.run(prune_all=True)
-    assert (summary.pruned, len(disk.paths)) == (0, COUNT)
+    assert (summary.unchanged, summary.pruned, len(disk.paths)) == (unchanged, 0, COUNT + 2)
+    assert summary.failed == [{"path": str(unreadable), "reason": f"cannot be {verb} (Permission denied)"}]
 
 
 @pytest.mark.parametrize("option", ["prune", "prune_all"])

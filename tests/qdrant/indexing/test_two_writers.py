@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fake_model import FakeModel
-from fake_qdrant import FakeServer, Handler, fake_server
+from fake_qdrant import FakeServer, Handler
 from PIL import Image
 
 from cocoa_embed.errors import CocoaError
@@ -16,12 +16,6 @@ from cocoa_embed.integrations.qdrant.indexing import merge, writer
 
 COUNT = 12
 INSERT, MERGE = "PUT /collections/images/points", "POST /collections/images/points/batch"
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with fake_server() as fake:
-        yield fake
 
 
 @pytest.fixture

@@ -208,7 +208,7 @@ def test_filters_of_every_kind_are_taken_together() -> None:
 def test_anything_else_is_no_filter() -> None:
     for wrong, kind in (({"must": []}, "dict"), (5, "int"), (["a", 5], "list of int, str"), ([{}], "list of dict")):
         with pytest.raises(UsageError, match=f"query_filter is a {kind}; give conditions, as in"):
-            read_filter(wrong)  # type: ignore[arg-type]
+            read_filter(wrong)
 
 
 NAMES = st.text(st.characters(exclude_characters='"\\', exclude_categories=("Cs", "Cc")), min_size=1)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fake_qdrant import SIGNATURE, FakeServer, delete, fake_server, turned
+from fake_qdrant import SIGNATURE, FakeServer, delete, turned
 from qdrant_client import QdrantClient, models
 
 from cocoa_embed.errors import CocoaError, UsageError
@@ -83,10 +83,9 @@ class TestStrictServer:
     """Hosted clusters take filters on indexed fields only."""
 
     @pytest.fixture
-    def server(self) -> Iterator[FakeServer]:
-        with fake_server() as server:
-            server.is_strict = True
-            yield server
+    def server(self, server: FakeServer) -> FakeServer:
+        server.is_strict = True
+        return server
 
     @pytest.fixture
     def points(self, server: FakeServer) -> Iterator[QdrantIndexer]:

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from fake_model import FakeModel, colour_image
-from fake_qdrant import FakeServer, fake_server, name, turned
+from fake_qdrant import FakeServer, name, turned
 from PIL import Image
 from qdrant_client import AsyncQdrantClient, QdrantClient
 
@@ -26,11 +26,6 @@ pytestmark = pytest.mark.usefixtures("few_payload_indexes")
 
 ANGLES = range(0, 180, 10)
 """Degrees of the points 0, 1, ... from the first; nearest first, and evenly apart."""
-
-
-@pytest.fixture(params=["client", "path", "url", "edge"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def album_of(number: int) -> dict[str, Any]:
@@ -151,12 +146,6 @@ class TestNumbers:
         assert len(points.search(like="/a/0.png", limit=2**31 - 1)) == len(ANGLES) - 1
         assert len(points.search(like="/a/0.png", limit=2**14, diversity=0.5)) == len(ANGLES) - 1
         assert points.search(like="/a/0.png", limit=1, offset=2**31 - 2) == []
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with fake_server() as server:
-        yield server
 
 
 @pytest.fixture

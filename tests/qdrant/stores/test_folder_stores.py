@@ -52,17 +52,6 @@ class TestBoth:
         plain.close()
         assert store.count() == 3
 
-    def test_foreign_files_and_folders_are_refused_and_kept(self, opener: Opener, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        (tmp_path / "photos").mkdir()
-        (tmp_path / "photos" / "a.png").touch()
-        for path, collection in (("file", "a"), ("photos", "a"), (".", "photos")):
-            store = opener(collection, path)
-            for call in (store.signature, lambda store=store: store.create(SIGNATURE)):
-                with pytest.raises(CocoaError, match=r"file is a file|holds something else"):
-                    call()
-        assert [entry.name for entry in (tmp_path / "photos").iterdir()] == ["a.png"]
-
     @pytest.mark.parametrize(
         "left", [[".cocoa-lock"], [".cocoa-lock", "meta.json.7.new"], ["meta.json", ".lock"], [".cocoa-edge"]]
     )

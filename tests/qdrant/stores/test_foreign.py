@@ -9,14 +9,13 @@ from fake_qdrant import SIGNATURE, make_points
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.integrations.qdrant.stores import open_store
 
-pytestmark = pytest.mark.usefixtures("few_payload_indexes")
 
-
-@pytest.fixture
-def places(tmp_path: Path) -> Path:
-    """An index of each kind with one point, a server's storage, a model, photos, and a file."""
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of each kind with one point, a server's storage, a model, photos, and a file; they stay as they are."""
+    folder = tmp_path_factory.mktemp("places")
     for location in ("path", "edge"):
-        store = open_store(**{location: tmp_path / location}, collection="images")  # type: ignore[arg-type]
+        store = open_store(**{location: folder / location}, collection="images")
         store.create(SIGNATURE)
         store.insert(make_points(0, 1))
         store.close()
@@ -27,9 +26,9 @@ def places(tmp_path: Path) -> Path:
         "photos/a.png",
         "file",
     ):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch()
-    return tmp_path
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -50,6 +49,7 @@ def places(tmp_path: Path) -> Path:
         ("path", "model", "is a model, not an index; give it as --model"),
         ("edge", "photos", "photos holds something else, not an index .*; give the folder of an index, or the name of"),
         ("path", "photos", "photos holds something else, not an index .*; give the folder of an index, or the name of"),
+        ("edge", "file", "file is a file; give the folder of an index"),
         ("path", "file", "file is a file; give the folder of an index"),
     ],
 )

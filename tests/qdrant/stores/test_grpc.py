@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -47,13 +46,6 @@ class FakePoints(grpc.GenericRpcHandler):
 @pytest.fixture
 def points() -> FakePoints:
     return FakePoints()
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    waits: list[float] = []
-    monkeypatch.setattr("tenacity.nap.time", Mock(sleep=waits.append))
-    return waits
 
 
 @pytest.fixture
@@ -113,7 +105,7 @@ def test_a_server_that_is_not_there_is_reported_soon(waits: list[float]) -> None
         (StatusCode.RESOURCE_EXHAUSTED, "too many requests", False),
     ],
 )
-def test_a_request_above_a_limit_is_told_from_too_many_requests(
+def test_a_request_above_a_limit_is_distinguished_from_too_many_requests(
     store: ServerStore, points: FakePoints, waits: list[float], code: StatusCode, words: str, is_too_large: bool
 ) -> None:
     points.failures.append((code, words))

@@ -4,7 +4,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,28 +21,17 @@ from qdrant_client import grpc as messages
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 from cocoa_embed.integrations.qdrant.stores import open_store
-from cocoa_embed.integrations.qdrant.stores.base import PAYLOAD_INDEXES, Query, Signature
+from cocoa_embed.integrations.qdrant.stores.base import Query, Signature
 from cocoa_embed.integrations.qdrant.stores.client import creation
 from cocoa_embed.integrations.qdrant.stores.options import StoreOptions, read_create
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
-Open = Callable[..., Store]
+Opener = Callable[..., Store]
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    with fake_qdrant.fake_server() as fake:
-        yield fake
-
-
-@pytest.fixture
-def remote(fake: FakeServer, request: pytest.FixtureRequest) -> Open:
-    def open_(collection: str = "images", **options: Any) -> Store:
-        store = open_store(url=fake.url, collection=collection, options=StoreOptions(**options))
-        request.addfinalizer(store.close)
-        return store
-
-    return open_
+def backend() -> str:
+    return "url"
 
 
 def test_creation_options_are_read_from_a_text_or_a_mapping() -> None:
@@ -90,10 +79,10 @@ def test_a_backend_refuses_what_it_lacks(options: dict[str, Any], place: str, wo
         open_store(**{place: tmp_path}, collection="images", options=StoreOptions(**options))
 
 
-def test_a_given_client_keeps_its_own_protocol_and_a_local_one_has_no_options(fake: FakeServer) -> None:
+def test_a_given_client_keeps_its_own_protocol_and_a_local_one_has_no_options(server: FakeServer) -> None:
     for client, options in (
-        (fake.client, {"shards": 2}),
-        (QdrantClient(fake.url, check_compatibility=False), {"prefer_grpc": True}),
+        (server.client, {"shards": 2}),
+        (QdrantClient(server.url, check_compatibility=False), {"prefer_grpc": True}),
     ):
         with pytest.raises(UsageError, match="client has no"):
             open_store(client=client, collection="images", options=StoreOptions(**options))
@@ -123,10 +112,10 @@ PINNED = {"memory": "pinned", "always_ram": True}
     ],
 )
 def test_a_server_is_asked_for_what_was_chosen(
-    fake: FakeServer, remote: Open, options: dict[str, Any], expected: dict[str, Any]
+    server: FakeServer, opener: Opener, options: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    remote(**options).create(SIGNATURE)
-    (created,) = fake.bodies("PUT", "/collections/images")
+    opener(**options).create(SIGNATURE)
+    (created,) = server.bodies("PUT", "/collections/images")
     created.pop("metadata")
     vectors = {"size": DIMENSION, "distance": "Cosine", **expected.get("vectors", {})}
     assert created == {**expected, "vectors": vectors}
@@ -158,55 +147,55 @@ def test_grpc_carries_the_same_options() -> None:
     assert request.quantization_config.turboquant.bits == messages.TurboQuantBitSize.Bits2
 
 
-def test_the_url_of_a_server_is_reached_by_grpc_if_asked(fake: FakeServer) -> None:
+def test_the_url_of_a_server_is_reached_by_grpc_if_asked(server: FakeServer) -> None:
     for prefer_grpc in (False, True):
-        store: Any = open_store(url=fake.url, collection="c", options=StoreOptions(prefer_grpc=prefer_grpc))
+        store: Any = open_store(url=server.url, collection="c", options=StoreOptions(prefer_grpc=prefer_grpc))
         assert store._connected()._client._prefer_grpc is prefer_grpc
         store.close()
 
 
 @pytest.mark.usefixtures("few_payload_indexes")
 class TestTheSearchIndexAfterLoading:
-    def test_a_run_that_completes_builds_it_once(self, fake: FakeServer, remote: Open) -> None:
-        store = remote(hnsw="after")
+    def test_a_run_that_completes_builds_it_once(self, server: FakeServer, opener: Opener) -> None:
+        store = opener(hnsw="after")
         store.create(SIGNATURE)
         store.insert(make_points(0, 5))
-        assert fake.graphs == {"images": 0}
+        assert server.graphs == {"images": 0}
         store.finish()
-        assert (fake.graphs, store.signature()) == ({"images": 16}, SIGNATURE)
-        sent = len(fake.bodies("PATCH", "/images"))
+        assert (server.graphs, store.signature()) == ({"images": 16}, SIGNATURE)
+        sent = len(server.bodies("PATCH", "/images"))
         store.create(SIGNATURE)
         store.finish()
-        assert (sent, len(fake.bodies("PATCH", "/images"))) == (1, 1)
+        assert (sent, len(server.bodies("PATCH", "/images"))) == (1, 1)
 
-    def test_after_a_kill_the_next_run_builds_it_without_being_asked(self, fake: FakeServer, remote: Open) -> None:
-        remote(hnsw="after").create(SIGNATURE)
-        store = remote()
+    def test_after_a_kill_the_next_run_builds_it_without_being_asked(self, server: FakeServer, opener: Opener) -> None:
+        opener(hnsw="after").create(SIGNATURE)
+        store = opener()
         store.create(SIGNATURE)
-        assert fake.graphs == {"images": 0}, "the next run goes on without it until its end"
-        fake.fail("PATCH /collections/images", fake_qdrant.drop_after)
+        assert server.graphs == {"images": 0}, "the next run goes on without it until its end"
+        server.fail("PATCH /collections/images", fake_qdrant.drop_after)
         store.finish()
-        assert fake.graphs == {"images": 16}
+        assert server.graphs == {"images": 16}
 
-    def test_a_graph_that_somebody_else_has_set_or_removed_stays(self, fake: FakeServer, remote: Open) -> None:
-        remote(hnsw="after").create(SIGNATURE)
-        fake.graphs["images"] = 32
-        remote().finish()
-        assert fake.graphs == {"images": 32}
-        fake.graphs["images"] = 0
-        remote().finish()
-        assert fake.graphs == {"images": 0}
+    def test_a_graph_that_somebody_else_has_set_or_removed_stays(self, server: FakeServer, opener: Opener) -> None:
+        opener(hnsw="after").create(SIGNATURE)
+        server.graphs["images"] = 32
+        opener().finish()
+        assert server.graphs == {"images": 32}
+        server.graphs["images"] = 0
+        opener().finish()
+        assert server.graphs == {"images": 0}
 
 
 @pytest.mark.usefixtures("few_payload_indexes")
-def test_points_of_a_tenant_are_kept_together(fake: FakeServer, remote: Open, tmp_path: Path) -> None:
+def test_points_of_a_tenant_are_kept_together(server: FakeServer, opener: Opener, tmp_path: Path) -> None:
     for tenant, field in (("user", "metadata.user"), ("metadata.group", "metadata.group"), ("mime", "mime")):
-        remote(field.replace(".", "-"), tenant=tenant).create(SIGNATURE)
-        schemas = {body["field_name"]: body["field_schema"] for body in fake.bodies("PUT", "/index")}
+        opener(field.replace(".", "-"), tenant=tenant).create(SIGNATURE)
+        schemas = {body["field_name"]: body["field_schema"] for body in server.bodies("PUT", "/index")}
         assert schemas[field] == {"type": "keyword", "is_tenant": True}
     store = open_store(edge=tmp_path / "index", collection="images", options=StoreOptions(tenant="user"))
     store.create(SIGNATURE)
-    assert "metadata.user" in store._call(lambda shard: shard.info()).payload_schema  # type: ignore[attr-defined]
+    assert "metadata.user" in store._call(lambda shard: shard.info()).payload_schema
     store.close()
 
 
@@ -250,7 +239,7 @@ class TestAlias:
     def place(self, request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
         if request.param == "path":
             return {"path": tmp_path / "index"}
-        return {"url": request.getfixturevalue("fake").url}
+        return {"url": request.getfixturevalue("server").url}
 
     def test_a_switch_changes_what_is_found_and_written_and_which_model_it_is(self, place: dict[str, Any]) -> None:
         def use(collection: str) -> Any:  # noqa: ANN401
@@ -296,10 +285,6 @@ class TestAlias:
             store.set_alias("images")
 
 
-def test_the_same_indexes_are_made_without_a_tenant() -> None:
-    assert StoreOptions().payload_indexes() == PAYLOAD_INDEXES
-
-
 @pytest.mark.usefixtures("few_payload_indexes")
 class TestSeed:
     """A snapshot of a server's shard becomes a collection in Qdrant Edge."""
@@ -321,14 +306,14 @@ class TestSeed:
         return packed.getvalue()
 
     def test_it_is_the_collection_with_its_signature(
-        self, fake: FakeServer, remote: Open, snapshot: bytes, tmp_path: Path, command: Command
+        self, server: FakeServer, opener: Opener, snapshot: bytes, tmp_path: Path, command: Command
     ) -> None:
-        remote().create(SIGNATURE)
-        remote().set_alias("live")
-        words = ("seed", "--url", fake.url, "--edge", tmp_path / "index", "--api-key", "hush")
-        fake.fail("GET /collections/images/shards/0/snapshot", *[fake_qdrant.answer_bytes(snapshot)] * 3)
+        opener().create(SIGNATURE)
+        opener().set_alias("live")
+        words = ("seed", "--url", server.url, "--edge", tmp_path / "index", "--api-key", "hush")
+        server.fail("GET /collections/images/shards/0/snapshot", *[fake_qdrant.answer_bytes(snapshot)] * 3)
         assert command(*words).status == command(*words, "--collection", "live").status == 0
-        assert fake.requests[-1].headers["api-key"] == "hush"
+        assert server.requests[-1].headers["api-key"] == "hush"
         for collection in ("images", "live"):
             store = open_store(edge=tmp_path / "index", collection=collection)
             assert (store.signature(), store.count()) == (SIGNATURE, 5)
@@ -349,18 +334,18 @@ class TestSeed:
         ],
     )
     def test_what_fails_leaves_no_collection(
-        self, fake: FakeServer, remote: Open, tmp_path: Path, command: Command, answer: Any, words: str  # noqa: ANN401
+        self, server: FakeServer, opener: Opener, tmp_path: Path, command: Command, answer: Any, words: str  # noqa: ANN401
     ) -> None:  # fmt: skip
-        remote().create(SIGNATURE)
-        fake.fail("/snapshot", answer)
-        error = command("seed", "--url", fake.url, "--edge", tmp_path / "index").error()
+        opener().create(SIGNATURE)
+        server.fail("/snapshot", answer)
+        error = command("seed", "--url", server.url, "--edge", tmp_path / "index").error()
         assert re.search(words, error)
         assert open_store(edge=tmp_path / "index", collection="images").signature() is None
 
     def test_a_collection_of_several_shards_is_refused_with_the_way_out(
-        self, fake: FakeServer, remote: Open, tmp_path: Path, command: Command
+        self, server: FakeServer, opener: Opener, tmp_path: Path, command: Command
     ) -> None:
-        remote().create(SIGNATURE)
-        fake.shards = 4
-        error = command("seed", "--url", fake.url, "--edge", tmp_path / "index").error()
+        opener().create(SIGNATURE)
+        server.shards = 4
+        error = command("seed", "--url", server.url, "--edge", tmp_path / "index").error()
         assert "has 4 shards, and Qdrant Edge takes one; load the embeddings with --edge instead" in error

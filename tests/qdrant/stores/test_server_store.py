@@ -1,9 +1,8 @@
 """Requests to a Qdrant server, and its failures."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import Mock
 
 import fake_qdrant
 import pytest
@@ -11,10 +10,10 @@ from fake_qdrant import OTHER, SIGNATURE, FakeServer, answer_status, drop, drop_
 from qdrant_client import QdrantClient
 
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.integrations.qdrant.stores import open_store, server
+from cocoa_embed.integrations.qdrant.stores import open_store
 from cocoa_embed.integrations.qdrant.stores.base import PAYLOAD_INDEXES, Query, Signature
 from cocoa_embed.integrations.qdrant.stores.options import StoreOptions
-from cocoa_embed.integrations.qdrant.stores.server import ServerStore
+from cocoa_embed.integrations.qdrant.stores.server import ATTEMPTS, MAX_BATCH_BYTES, MAX_WAIT_SECONDS, ServerStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:Api key is used")
 
@@ -24,24 +23,10 @@ OpenRemote = Callable[..., ServerStore]
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that a store would have waited."""
-    waits: list[float] = []
-    monkeypatch.setattr("tenacity.nap.time", Mock(sleep=waits.append))
-    return waits
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    with fake_qdrant.fake_server() as fake:
-        yield fake
-
-
-@pytest.fixture
-def remote(fake: FakeServer, waits: list[float], request: pytest.FixtureRequest) -> OpenRemote:
+def remote(server: FakeServer, waits: list[float], request: pytest.FixtureRequest) -> OpenRemote:
     """Opens a store on the loopback server."""
 
-    def open_(url: str = fake.url, **options: Any) -> ServerStore:
+    def open_(url: str = server.url, **options: Any) -> ServerStore:
         store = ServerStore(url, "images", StoreOptions(**options))
         request.addfinalizer(store.close)
         return store
@@ -58,13 +43,13 @@ def store(remote: OpenRemote) -> ServerStore:
 
 @pytest.mark.parametrize("fault", [drop, drop_after, *map(answer_status, (429, 500, 502, 503))])
 def test_temporary_failures_are_retried_and_everything_is_there_once(
-    fake: FakeServer, remote: OpenRemote, waits: list[float], fault: Callable[[Any], bool]
+    server: FakeServer, remote: OpenRemote, waits: list[float], fault: Callable[[Any], bool]
 ) -> None:
     store = remote()
     reads = ["/exists", "POST /collections/images/points", "/scroll", "/count", "/query/batch"]
     ends = [CREATE, INDEX, UPSERT, "/points/batch", *reads]
     for end in ends:
-        fake.fail(end, fault, fault)
+        server.fail(end, fault, fault)
     store.create(SIGNATURE)
     store.insert(make_points(0, 300))
     new = {"number": 7, "new": True}
@@ -72,14 +57,14 @@ def test_temporary_failures_are_retried_and_everything_is_there_once(
     assert len(list(store.scan(["number"]))) == store.count() == 298
     assert store.retrieve([name(7)]) == {name(7): {**new, "revision": 1}}
     assert (len(store.search(QUERY)), store.signature()) == (5, SIGNATURE)
-    assert (fake.faults, len(waits)) == ([], 2 * len(ends))
+    assert (server.faults, len(waits)) == ([], 2 * len(ends))
 
 
 def test_a_lasting_failure_ends_after_a_few_attempts_and_the_next_run_completes_the_batch(
-    fake: FakeServer, store: ServerStore, waits: list[float]
+    server: FakeServer, store: ServerStore, waits: list[float]
 ) -> None:
-    fake.fail(UPSERT, fake_qdrant.store_half, *[answer_status(503)] * (server.ATTEMPTS - 1))
-    with pytest.raises(CocoaError, match=rf"^Qdrant at {fake.url} failed: 503 .*: status 503 \(tried 6 times\)$"):
+    server.fail(UPSERT, fake_qdrant.store_half, *[answer_status(503)] * (ATTEMPTS - 1))
+    with pytest.raises(CocoaError, match=rf"^Qdrant at {server.url} failed: 503 .*: status 503 \(tried 6 times\)$"):
         store.insert(make_points(0, 10))
     assert sum(waits) < 30
     assert waits == sorted(waits)
@@ -97,10 +82,10 @@ def test_a_lasting_failure_ends_after_a_few_attempts_and_the_next_run_completes_
     ],
 )
 def test_permanent_failures_are_not_retried(
-    fake: FakeServer, store: ServerStore, waits: list[float], answer: Callable[[Any], bool], words: str
+    server: FakeServer, store: ServerStore, waits: list[float], answer: Callable[[Any], bool], words: str
 ) -> None:
-    fake.fail("/count", answer)
-    with pytest.raises(CocoaError, match=f"^Qdrant at {fake.url} failed: {words}"):
+    server.fail("/count", answer)
+    with pytest.raises(CocoaError, match=f"^Qdrant at {server.url} failed: {words}"):
         store.count()
     assert waits == []
 
@@ -112,16 +97,16 @@ def test_an_absent_server_is_reported_soon(remote: OpenRemote, waits: list[float
 
 
 def test_the_servers_retry_after_is_kept_within_limits(
-    fake: FakeServer, store: ServerStore, waits: list[float]
+    server: FakeServer, store: ServerStore, waits: list[float]
 ) -> None:
     date = "Wed, 21 Oct 2026 07:28:00 GMT"
-    fake.fail("/count", *(answer_status(429, Retry_After=after) for after in ("7", "3600", date)))
+    server.fail("/count", *(answer_status(429, Retry_After=after) for after in ("7", "3600", date)))
     store.count()
-    assert waits[:2] == [7, server.MAX_WAIT_SECONDS]
+    assert waits[:2] == [7, MAX_WAIT_SECONDS]
     assert 2 <= waits[2] < 3
 
 
-def test_a_thread_that_waits_does_not_block_the_others(fake: FakeServer, store: ServerStore) -> None:
+def test_a_thread_that_waits_does_not_block_the_others(server: FakeServer, store: ServerStore) -> None:
     store.insert(make_points(0, 1))
     waiting, go_on = threading.Event(), threading.Event()
 
@@ -129,7 +114,7 @@ def test_a_thread_that_waits_does_not_block_the_others(fake: FakeServer, store: 
         waiting.set()
         return not go_on.wait(60)
 
-    fake.fail(UPSERT, hang)
+    server.fail(UPSERT, hang)
     thread = threading.Thread(target=store.insert, args=(make_points(1, 2),))
     thread.start()
     assert waiting.wait(60)
@@ -140,30 +125,30 @@ def test_a_thread_that_waits_does_not_block_the_others(fake: FakeServer, store: 
 
 
 def test_a_collection_has_its_signature_and_indexes_before_the_first_point_also_after_a_kill(
-    fake: FakeServer, remote: OpenRemote
+    server: FakeServer, remote: OpenRemote
 ) -> None:
-    fake.fail(INDEX, lambda _: False, lambda _: False, answer_status(400))
+    server.fail(INDEX, lambda _: False, lambda _: False, answer_status(400))
     with pytest.raises(CocoaError, match="400"):
         remote().create(SIGNATURE)
-    assert len(fake.indexes["images"]) == 2
+    assert len(server.indexes["images"]) == 2
     store = remote()
     for start in range(2):
         store.create(SIGNATURE)
         store.insert(make_points(start, start + 1))
-    (created,) = fake.bodies("PUT", "/collections/images")
+    (created,) = server.bodies("PUT", "/collections/images")
     assert created["vectors"] == {"size": SIGNATURE.dimension, "distance": "Cosine"}
     signature = {"model": "m", "fingerprint": "0f", "dimension": 8, "embed": "image", "vectors": 1}
     assert created["metadata"] == {"cocoa_embed": signature}
     assert "quantization_config" not in created
-    indexed = {body["field_name"]: body["field_schema"] for body in fake.bodies("PUT", "/index")}
+    indexed = {body["field_name"]: body["field_schema"] for body in server.bodies("PUT", "/index")}
     text = {"type": "text", "tokenizer": "word", "lowercase": True, "phrase_matching": True}
     assert indexed == {**PAYLOAD_INDEXES, "caption": text}
-    writes = [request.path.rpartition("/")[2] for request in fake.requests if request.method == "PUT"]
+    writes = [request.path.rpartition("/")[2] for request in server.requests if request.method == "PUT"]
     assert writes == ["images", *["index"] * (len(PAYLOAD_INDEXES) + 1), "points", "points"]
 
 
 def test_quantized_vectors_are_rescored_and_an_exact_search_goes_without_them(
-    fake: FakeServer, remote: OpenRemote
+    server: FakeServer, remote: OpenRemote
 ) -> None:
     store = remote(quantization="scalar")
     store.create(SIGNATURE)
@@ -171,7 +156,7 @@ def test_quantized_vectors_are_rescored_and_an_exact_search_goes_without_them(
     store.search(QUERY._replace(limit=500))
     store.search(QUERY._replace(hnsw_ef=200))
     store.search(QUERY._replace(exact=True))
-    batches = fake.bodies("POST", "/query/batch")
+    batches = server.bodies("POST", "/query/batch")
     assert [search["params"] for body in batches for search in body["searches"]] == [
         {"quantization": {"rescore": True, "oversampling": 20}},
         {"quantization": {"rescore": True, "oversampling": 3}},
@@ -180,56 +165,56 @@ def test_quantized_vectors_are_rescored_and_an_exact_search_goes_without_them(
     ]
 
 
-def test_requests_are_bounded_in_bytes(fake: FakeServer, remote: OpenRemote) -> None:
+def test_requests_are_bounded_in_bytes(server: FakeServer, remote: OpenRemote) -> None:
     store = remote()
     store.create(Signature(model="m", fingerprint="0f", dimension=2048))
     store.insert(make_points(0, 100, 2048, text="😀\n" * 1000))
-    sizes = [request.size for request in fake.requests if request.path.endswith("/points")]
+    sizes = [request.size for request in server.requests if request.path.endswith("/points")]
     assert store.count() == 100
-    assert server.MAX_BATCH_BYTES / 2 < min(sizes[:-1]) <= max(sizes) <= server.MAX_BATCH_BYTES
-    store.insert(make_points(100, 102, 2048, text="x" * server.MAX_BATCH_BYTES))
+    assert MAX_BATCH_BYTES / 2 < min(sizes[:-1]) <= max(sizes) <= MAX_BATCH_BYTES
+    store.insert(make_points(100, 102, 2048, text="x" * MAX_BATCH_BYTES))
     assert store.count() == 102
 
 
-def test_a_request_too_large_for_a_proxy_is_halved(fake: FakeServer, store: ServerStore) -> None:
-    fake.fail(UPSERT, *[answer_status(413)] * 2)
+def test_a_request_too_large_for_a_proxy_is_halved(server: FakeServer, store: ServerStore) -> None:
+    server.fail(UPSERT, *[answer_status(413)] * 2)
     store.insert(make_points(0, 8))
-    sent = [len(body["points"]) for body in fake.bodies("PUT", "/points")]
+    sent = [len(body["points"]) for body in server.bodies("PUT", "/points")]
     assert sent[sent.index(8) :] == [8, 4, 2, 2, 4]
     assert store.count() == 8
 
 
-def test_a_server_without_metadata_is_refused(fake: FakeServer, remote: OpenRemote) -> None:
-    fake.keeps_metadata = False
+def test_a_server_without_metadata_is_refused(server: FakeServer, remote: OpenRemote) -> None:
+    server.keeps_metadata = False
     for _ in range(2):
         with pytest.raises(CocoaError, match=r"does not keep a collection's metadata; run version 1.16 or newer"):
             remote().create(SIGNATURE)
 
 
-def test_two_processes_that_create_a_collection_at_once_both_have_it(fake: FakeServer, remote: OpenRemote) -> None:
+def test_two_processes_that_create_a_collection_at_once_both_have_it(server: FakeServer, remote: OpenRemote) -> None:
     first, second = remote(), remote()
 
     def create_meanwhile(handler: Any) -> bool:  # noqa: ANN401
         first.create(SIGNATURE)
         return False
 
-    fake.fail(CREATE, create_meanwhile)
+    server.fail(CREATE, create_meanwhile)
     second.create(SIGNATURE)
     with pytest.raises(CocoaError, match=r"was made with m .*not with another"):
         second.create(OTHER)
 
 
-def test_the_key_is_sent_and_never_printed(fake: FakeServer, remote: OpenRemote) -> None:
+def test_the_key_is_sent_and_never_printed(server: FakeServer, remote: OpenRemote) -> None:
     store = remote(api_key="hush-hush")
-    fake.fail("/exists", answer_status(401))
+    server.fail("/exists", answer_status(401))
     with pytest.raises(CocoaError, match="401 Unauthorized") as raised:
         store.signature()
-    assert fake.requests[-1].headers["api-key"] == "hush-hush"
+    assert server.requests[-1].headers["api-key"] == "hush-hush"
     assert "hush" not in str(raised.value) + repr(store) + repr(store.options) + store.location
 
 
-def test_closing_a_store_leaves_a_given_client_open(fake: FakeServer) -> None:
-    given = QdrantClient(url=fake.url, check_compatibility=False)
+def test_closing_a_store_leaves_a_given_client_open(server: FakeServer) -> None:
+    given = QdrantClient(url=server.url, check_compatibility=False)
     store = open_store(client=given, collection="images")
     assert (type(store), store.parallel) == (ServerStore, 4)
     store.create(SIGNATURE)

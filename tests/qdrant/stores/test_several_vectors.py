@@ -31,11 +31,6 @@ def mean_max_sim(query: np.ndarray, documents: np.ndarray) -> np.ndarray:
     return np.einsum("kd,njd->nkj", query, documents).max(axis=2).mean(axis=1)
 
 
-@pytest.fixture(params=["client", "path", "url", "edge"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture
 def store(opener: Callable[..., Store]) -> Store:
     store = opener()

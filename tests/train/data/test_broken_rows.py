@@ -34,7 +34,7 @@ def rows(tmp_path: Path) -> Rows:
     return Rows(read_rows({"data": source}, on_bad_row="stop", seed=0).rows)
 
 
-def usable(rows: Rows, on_bad_row: str) -> ReplaceBroken[tuple[Draw, Row]]:
+def usable(rows: Rows, on_bad_row: str) -> ReplaceBroken:
     return ReplaceBroken(collate, rows.after, on_bad_row, len(rows))
 
 

@@ -61,7 +61,7 @@ def test_a_limit_draws_entries_or_takes_the_first_and_paraphrases_stay_with_thei
     assert names[2] == [f"{n}.png" for n in range(10)]
     assert names[0] != names[1] != names[2]
     assert [len(some) for some in names] == [10] * 3
-    assert drawn.counts == other.counts == first.counts == {"data": 30}
+    assert drawn.rows.counts == other.rows.counts == first.rows.counts == {"data": 30}
     assert [int(name[:-4]) for name in names[0]] == sorted(int(name[:-4]) for name in names[0])
 
 
@@ -86,10 +86,10 @@ def test_rows_come_in_the_order_of_their_subsets_repeated_by_their_weights(tmp_p
         ),
     }
     found = read(sources)
-    assert found.counts == {"b": 10, "a": 4, "c": 1} == Counter(row.subset for row in found.rows)
+    assert found.rows.counts == {"b": 10, "a": 4, "c": 1} == Counter(row.subset for row in found.rows)
     assert [row.subset for row in found.rows] == ["b"] * 10 + ["a"] * 4 + ["c"]
     assert [row.query.text for row in found.rows[10:14]] == [f"a {n}" for n in range(4)]
-    assert found.fingerprint == read(sources).fingerprint
+    assert found.rows.fingerprint == read(sources).rows.fingerprint
     assert (found.bad, len(found.sizes)) == ([], 0)
 
 
@@ -99,7 +99,7 @@ def test_one_row_in_a_hundred_of_the_whole_stage_may_be_left_out(tmp_path: Path)
     with pytest.raises(CocoaError, match=message):
         read({"bad": bad, "good": good})
     found = read({"bad": bad, "good": good}, on_bad_row="skip")
-    assert (len(found.rows), found.counts) == (297, {"bad": 37, "good": 260})
+    assert (len(found.rows), found.rows.counts) == (297, {"bad": 37, "good": 260})
     assert [row.subset for row in found.bad] == ["bad"] * 3
     fewer = write_rows(tmp_path / "fewer.csv", 259)
     with pytest.raises(CocoaError, match=r"3 of 299 rows cannot be used; at most 1% .*jsonl:1: .*jsonl:2: .*jsonl:3: "):
@@ -123,7 +123,7 @@ def test_rows_whose_images_cannot_be_decoded_are_left_out_or_stop(with_images: d
     with pytest.raises(CocoaError, match=r"files\.jsonl:100: the image .*(bad\.png is not an|gone\.png does not)"):
         read(with_images)
     found = read(with_images, on_bad_row="skip")
-    assert found.counts == {"files": 99, "inside": 99}
+    assert found.rows.counts == {"files": 99, "inside": 99}
     assert [(row.subset, row.source[-4:]) for row in found.bad] == [("files", ":100"), ("inside", " 100")]
     assert "inside.parquet, row 100, query_image is truncated" in found.bad[1].reason
     assert len({image for row in found.rows for image in row.images()}) == 101

@@ -11,6 +11,7 @@ import interrupted
 import numpy as np
 import pytest
 import torch
+from run_records import ACCURACIES, GEOMETRY
 from safetensors.torch import load_file
 from table_files import write_table
 from tiny_backbones import COCOA, SCENES, MakeRecipe
@@ -29,8 +30,6 @@ STAGE: dict[str, Any] = {
     "save_steps": 2,
 }
 
-GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank", "pair_recall")
-ACCURACIES = ("accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image")
 METRICS = {
     "warmup": ("mntp_loss", "mae_loss", "masked_token_accuracy"),
     "moca": ("mlm_loss", "mae_loss", "masked_token_accuracy"),
@@ -117,6 +116,15 @@ def launch(recipe: Recipe, folder: Path, *options: str, **environment: str) -> s
     )
 
 
+def run_both(recipe: Recipe, folder: Path, *options: str) -> tuple[Path, Path]:
+    """Return the folders of a run of two processes, which has more options, and of a run of one."""
+    (folder / "two").mkdir()
+    launched = launch(recipe, folder / "two", *options)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    run(recipe, folder / "one")
+    return folder / "two" / "out", folder / "one"
+
+
 def assert_same(found: Path, expected: Path, stages: tuple[str, ...]) -> None:
     for stage in stages:
         log, log_alone = (read_run(out)["stages"][stage]["log"] for out in (found, expected))
@@ -168,18 +176,15 @@ def test_processes_with_different_numbers_of_mini_batches_share_the_features_of_
     bridge = recipe.bridge.model_copy(update={"freeze_vision": True, "probe_rows": 0})
     contrastive = recipe.contrastive.model_copy(update={"freeze_vision": True, "mini_batch_tokens": 25})
     given = recipe.model_copy(update={"warmup": None, "bridge": bridge, "contrastive": contrastive})
-    (tmp_path / "two").mkdir()
-    launched = launch(given, tmp_path / "two", "vision_cache=vision")
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    numbers = [(tmp_path / "two" / f"mini-batches-{rank}").read_text().split() for rank in (0, 1)]
+    two, one = run_both(given, tmp_path, "vision_cache=vision")
+    numbers = [(two.parent / f"mini-batches-{rank}").read_text().split() for rank in (0, 1)]
     assert len(numbers[0]) == len(numbers[1]) == STAGE["steps"]
     assert numbers[0] != numbers[1]
-    run(given, tmp_path / "one")
     for stage in ("bridge", "contrastive"):
-        logs = [read_run(out)["stages"][stage]["log"] for out in (tmp_path / "one", tmp_path / "two" / "out")]
+        logs = [read_run(out)["stages"][stage]["log"] for out in (one, two)]
         losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
         assert losses[0] == pytest.approx(losses[1], rel=2e-3, abs=1e-5), stage
-    assert 0 < len([path for path in (tmp_path / "two" / "vision").rglob("*-torch.float32")]) <= SCENES
+    assert 0 < len([path for path in (two.parent / "vision").rglob("*-torch.float32")]) <= SCENES
 
 
 @pytest.mark.slow
@@ -189,22 +194,14 @@ def test_pairs_from_either_side_do_too(recipe: Recipe, tmp_path: Path, weight: f
     assert recipe.contrastive is not None
     both = recipe.contrastive.model_copy(update={"directions": "both", "steps": 8, "reconstruction_weight": weight})
     given = recipe.model_copy(update={"warmup": None, "bridge": None, "contrastive": both})
-    (tmp_path / "two").mkdir()
-    launched = launch(given, tmp_path / "two")
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    run(given, tmp_path / "one")
-    assert_same(tmp_path / "two" / "out", tmp_path / "one", ("contrastive",))
+    assert_same(*run_both(given, tmp_path), ("contrastive",))
 
 
 @pytest.mark.slow
 def test_several_vectors_do_too(recipe: Recipe, tmp_path: Path) -> None:
-    given = recipe.model_copy(update={"warmup": None, "eos_tokens": 3})
-    (tmp_path / "two").mkdir()
-    launched = launch(given, tmp_path / "two")
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    run(given, tmp_path / "one")
-    assert_same(tmp_path / "two" / "out", tmp_path / "one", ("bridge", "contrastive"))
-    logs = [read_run(out)["stages"]["bridge"]["log"] for out in (tmp_path / "one", tmp_path / "two" / "out")]
+    two, one = run_both(recipe.model_copy(update={"warmup": None, "eos_tokens": 3}), tmp_path)
+    assert_same(two, one, ("bridge", "contrastive"))
+    logs = [read_run(out)["stages"]["bridge"]["log"] for out in (one, two)]
     penalties = [[line["eos_similarity_loss"] for line in log if "loss" in line] for log in logs]
     assert penalties[0] == pytest.approx(penalties[1], rel=2e-3)
 
@@ -213,11 +210,7 @@ def test_several_vectors_do_too(recipe: Recipe, tmp_path: Path) -> None:
 def test_mocas_pre_training_and_a_contrastive_stage_on_mean_embeddings_do_too(recipe: Recipe, tmp_path: Path) -> None:
     moca = MocaSettings(**STAGE, mini_batch_size=2)
     given = recipe.model_copy(update={"warmup": None, "bridge": None, "moca": moca, "pooling": "mean"})
-    (tmp_path / "two").mkdir()
-    launched = launch(given, tmp_path / "two")
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    run(given, tmp_path / "one")
-    assert_same(tmp_path / "two" / "out", tmp_path / "one", ("moca", "contrastive"))
+    assert_same(*run_both(given, tmp_path), ("moca", "contrastive"))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.data.rows import Draw, Rows
 from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts, DescribedBatches, LateReading
-from cocoa_embed.train.loop.stage_trainer import StageTrainer, row_numbers, stage_trainer
+from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import StageContext
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.bridge.stage import Bridge
@@ -25,8 +25,6 @@ ROWS = [Row(query=Item(text="a"), positive=Item(text="b"), source=f"pairs.csv, r
 class Line(nn.Module):
     """One weight; like a stage's, its loss is a mean over the step's masked tokens."""
 
-    accepts_loss_kwargs = True
-
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
@@ -34,7 +32,9 @@ class Line(nn.Module):
     def get_decoder(self) -> Any:  # noqa: ANN401
         return SimpleNamespace(layers=nn.ModuleList())
 
-    def forward(self, target_ids: torch.Tensor, totals: dict[str, float], **_: Any) -> dict[str, torch.Tensor]:
+    def forward(
+        self, target_ids: torch.Tensor, attention_mask: torch.Tensor, totals: dict[str, float]
+    ) -> dict[str, torch.Tensor]:
         error = (self.weight - target_ids.float()).square().sum() / totals["target_ids"]
         return {"loss": error, "distance": (self.weight - target_ids.float()).abs().sum() / totals["target_ids"]}
 
@@ -84,7 +84,7 @@ def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path: Path, mini_bat
 def test_a_log_line_has_losses_speed_and_utilisation(tmp_path: Path) -> None:
     stage = trainer(tmp_path)
     stage.throughput.peak_flops = 1e9
-    stage.data_collator = DescribedBatches(collate, stage.data_collator.rows_of, lambda batch: 5e5)
+    stage.data_collator = DescribedBatches(collate, lambda batch: 5e5)
     stage.train()
     line = next(line for line in stage.state.log_history if "loss" in line)
     assert {"loss", "distance", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_ratio"} <= line.keys()
@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_its_batch(
             batch["target_ids"][:] = float(value)
         return batch
 
-    stage.data_collator = DescribedBatches(broken, row_numbers)
+    stage.data_collator = DescribedBatches(broken)
     with pytest.raises(CocoaError, match=f"The loss of step {place // (2 * size) + 1} is {value}") as raised:
         stage.train()
     named = [row for row in in_batch if f"{row};" in f"{raised.value};".replace(" and", ";").replace(". No", ";")]
@@ -150,14 +150,14 @@ def test_a_row_that_cannot_be_read_raises_its_own_error_from_any_worker(tmp_path
         raise CocoaError("photo.jpg: is truncated")
 
     stage = trainer(tmp_path)
-    stage.data_collator = DescribedBatches(unreadable, row_numbers)
+    stage.data_collator = DescribedBatches(unreadable)
     stage.args.dataloader_num_workers = workers
     with pytest.raises(CocoaError, match=r"^photo\.jpg: is truncated$"):
         stage.train()
 
 
 def test_facts_are_counted_from_the_batch() -> None:
-    batch = DescribedBatches(collate, row_numbers)([Rows(ROWS)[Draw(4)], Rows(ROWS)[Draw(2)]])
+    batch = DescribedBatches(collate)([Rows(ROWS)[Draw(4)], Rows(ROWS)[Draw(2)]])
     assert batch[FACTS] == BatchFacts(rows=(4, 2), tokens=4, padded_tokens=4, targets={"target_ids": 5})
 
 
@@ -182,7 +182,7 @@ def test_a_loss_that_is_read_one_step_late_changes_no_weights_either(
 
     step = stage.training_step
     monkeypatch.setattr(stage, "training_step", noted)
-    stage.data_collator = DescribedBatches(broken, row_numbers)
+    stage.data_collator = DescribedBatches(broken)
     stage.args.optim, stage.args.logging_steps, stage.checks_late = "adamw_torch_fused", logging_steps, True
     with pytest.raises(CocoaError, match="The loss of step 2 is nan") as raised:
         stage.train()

@@ -1,13 +1,12 @@
 """The FLOPs of a batch agree with torch's counter."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from stages import warmup_collator, warmup_model
-from tiny_backbones import FAMILIES, every_family
+from tiny_backbones import FAMILIES, LoadTiny, every_family
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,8 +20,6 @@ from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages import reconstruction
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel
-
-LoadTiny = Callable[[str], Backbone]
 
 
 @pytest.fixture(autouse=True)

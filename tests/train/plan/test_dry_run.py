@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 from exported import contents
 from interrupted import killed_at
 from table_files import png, write_images, write_table
-from tiny_backbones import COCOA, SCENES, TINY_MAX_LENGTH, special_ids
+from tiny_backbones import COCOA, SCENES, TINY_MAX_LENGTH, MakeRecipe, special_ids
 from transformers import AutoProcessor, Qwen2VLConfig
 
 from cocoa_embed.cli import main as cli
@@ -32,24 +32,12 @@ from cocoa_embed.train.timing import seconds_per_step
 
 STAGE: dict[str, Any] = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "logging_steps": 1}
 
-MakeRecipe = Callable[..., Recipe]
-
 
 @pytest.fixture
-def recipe(tiny_backbone_path: Path, scene_folder: Path) -> MakeRecipe:
-    def make(**values: Any) -> Recipe:
-        given = {
-            "name": "planned",
-            "backbone": str(tiny_backbone_path),
-            "max_length": TINY_MAX_LENGTH,
-            "data": {"folder": str(scene_folder)},
-            "warmup": STAGE,
-            "bridge": {"epochs": 0.5, "batch_size": 8, "mini_batch_size": 4, "probe_rows": 0},
-            "contrastive": {**STAGE, "mini_batch_tokens": 60, "data": {"folder": str(scene_folder), "limit": 10}},
-        }
-        return Recipe.parse({**given, **values})
-
-    return make
+def recipe(tiny_recipe: MakeRecipe, scene_folder: Path) -> MakeRecipe:
+    bridge = {"epochs": 0.5, "batch_size": 8, "mini_batch_size": 4, "probe_rows": 0}
+    contrastive = {**STAGE, "mini_batch_tokens": 60, "data": {"folder": str(scene_folder), "limit": 10}}
+    return partial(tiny_recipe, warmup=STAGE, bridge=bridge, contrastive=contrastive)
 
 
 def test_the_run_does_as_planned(small_recipe: Recipe, finished: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
@@ -225,10 +213,10 @@ def test_max_rows_draws_from_all_subsets_by_the_seed_after_unusable_rows_are_lef
         return read_stages(read, ["bridge"])["bridge"]
 
     whole, some = rows(32), rows(20)
-    assert (whole.counts, whole.left_out) == ({"photos": 30, "pairs": 2}, {"photos": 0, "pairs": 1})
-    assert len(some.rows) == sum(some.counts.values()) == 20
+    assert (whole.rows.counts, whole.left_out) == ({"photos": 30, "pairs": 2}, {"photos": 0, "pairs": 1})
+    assert len(some.rows) == sum(some.rows.counts.values()) == 20
     assert some.left_out == whole.left_out
-    assert some.fingerprint == rows(20).fingerprint != rows(20, seed=1).fingerprint
+    assert some.rows.fingerprint == rows(20).rows.fingerprint != rows(20, seed=1).rows.fingerprint
     sources = [row.subset for row in some.rows]
     assert sources == sorted(sources, reverse=True), "in the order of the subsets"
 

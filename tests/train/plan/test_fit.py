@@ -40,7 +40,7 @@ def bridge(**run: Any) -> Bridge:
 def measured(stage: Stage[Any], backbone: Backbone, row: Row) -> tuple[StageMeter, list[BatchShape]]:
     config, processor = backbone.model.config, backbone.processor
     meter = StageMeter(stage, config, processor, stage.alike(row), CARDS["h100"])
-    return meter, [batch_shape(each) for each in stage.sequences(numbered([row])[0], processor, config)]
+    return meter, [batch_shape(each) for each in stage.sequences(numbered([row])[0], processor)]
 
 
 def memory_for(meter: StageMeter, place: int, sequences: int, *, recomputes: bool = False) -> float:

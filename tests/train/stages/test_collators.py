@@ -16,6 +16,7 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, RowError
 from cocoa_embed.model.attention import Block
 from cocoa_embed.model.backbone import Backbone, load_backbone
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.train.data.lengths import item_lengths
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import Draw, load_row_image, numbered
@@ -73,7 +74,7 @@ def test_warmup_masks_text_tokens_and_keeps_them_as_targets(tiny_backbone: Backb
 def test_warmup_masks_a_ratio_of_each_images_visual_tokens_whole_and_keeps_their_patches_as_targets(
     tiny_backbone: Backbone, sized_rows: list[Row]
 ) -> None:
-    per_token = tiny_backbone.geometry.patches_per_token
+    per_token = family_of(tiny_backbone.model.config).geometry.patches_per_token
     batch = warmup_collator(tiny_backbone)(numbered(sized_rows[:-1]))
     tokens_per_image = (batch["image_grid_thw"].prod(dim=1) // per_token).tolist()
     assert tokens_per_image == [4, 6, 16, 3]
@@ -142,12 +143,12 @@ def test_truncation_cuts_text_and_never_eos_or_a_visual_token(
 
 
 def test_warmup_masks_instructions_less_than_all_words_of_content_and_takes_the_images_of_both_sides(
-    roomy: ProcessorMixin, tiny_backbone: Backbone, sized_rows: list[Row]
+    roomy: ProcessorMixin, sized_rows: list[Row]
 ) -> None:
     rows = [example_row(subset, *(row.query.images[0] for row in sized_rows[:2])) for subset in EXAMPLES]
     rows.append(Row(Item("blue cross"), Item("white"), source=""))
     ratios = warmup_settings(text_mask_ratio=1.0, instruction_mask_ratio=1e-9)
-    batch = WarmupCollator(roomy, tiny_backbone.geometry, 0, ratios)(numbered(rows))
+    batch = WarmupCollator(roomy, 0, ratios)(numbered(rows))
     assert len(batch["image_grid_thw"]) == sum(len(row.images()) for row in rows)
     for ids, masked, row in zip(originals(batch), batch["masked_tokens"], rows, strict=True):
         content = f"{row.query.text or ''} {row.positive.text or ''}".strip()

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.multi_vector_encoder.losses import CachedMultiVectorMultipleNegativesRankingLoss
 from sentence_transformers.multi_vector_encoder.scoring import mean_colbert_scores
 from sentence_transformers.util import cos_sim
-from stages import alone, bridge_collator, bridge_model
+from stages import alone, bridge_collator, bridge_model, contrastive_model, gradients
 from tiny_backbones import STAGE, TINY_MAX_LENGTH, MakeRecipe
 from torch import Tensor, nn
 
@@ -29,10 +29,10 @@ from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.plan.checks import examine
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.contrastive.inputs import normalise_patches, preprocess_items
 from cocoa_embed.train.stages.contrastive.loss import contrastive_loss, mean_max_sim
 from cocoa_embed.train.stages.contrastive.mini_batches import TokenLimits
-from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer, embedding_probe
-from cocoa_embed.train.stages.contrastive.patches import normalise_patches, preprocess_items
+from cocoa_embed.train.stages.contrastive.model import embedding_probe
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.stage import Contrastive
 from cocoa_embed.train.stages.losses import eos_similarity
@@ -151,8 +151,7 @@ def test_the_loss_has_the_penalty_of_all_states_and_micro_batches_add_up(
 
 @pytest.fixture
 def model(several: Backbone) -> SentenceTransformer:
-    run = alone(Contrastive, ContrastiveSettings(steps=1, batch_size=6), eos_tokens=COUNT).run
-    return as_sentence_transformer(several, run).to("cpu").eval()
+    return contrastive_model(several, eos_tokens=COUNT).eval()
 
 
 @pytest.fixture
@@ -162,12 +161,6 @@ def features(model: SentenceTransformer, scene_rows: list[Row]) -> list[dict[str
     columns = [row.query for row in scene_rows[:6]], [row.positive for row in scene_rows[:6]], others
     batches = [preprocess_items(model, items) for items in columns]
     return [normalise_patches(model[0].processor, model[0], (batch,))[0] for batch in batches]
-
-
-def gradients(model: SentenceTransformer, loss: Tensor) -> Tensor:
-    model.zero_grad()
-    loss.backward()
-    return torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
 
 
 @torch.no_grad()
@@ -189,7 +182,7 @@ def test_one_vector_is_compared_as_before(tiny_backbone: Backbone) -> None:
     queries, documents = (torch.randn(count, WIDTH, generator=generator) for count in (4, 5))
     assert torch.equal(mean_max_sim(queries, documents, WIDTH), cos_sim(queries, documents))
     assert torch.equal(mean_max_sim(queries[:, :8], documents[:, :8], WIDTH), cos_sim(queries[:, :8], documents[:, :8]))
-    one = as_sentence_transformer(tiny_backbone, alone(Contrastive, ContrastiveSettings(steps=1, batch_size=2)).run)
+    one = contrastive_model(tiny_backbone)
     assert not one[-1]._forward_hooks
     loss = contrastive_loss(one, ContrastiveSettings(steps=1, batch_size=2), TokenLimits(9, 9))
     assert loss.calculate_loss.__name__ == "calculate_loss", "nothing is nested"
@@ -296,7 +289,7 @@ def test_their_tokens_are_counted(several: Backbone, tiny_backbone: Backbone, sc
     tokens, lengths = [], []
     for backbone in (tiny_backbone, several):
         (example,) = numbered(scene_rows[:1])
-        sequences = stage.sequences(example, backbone.processor, backbone.model.config)
+        sequences = stage.sequences(example, backbone.processor)
         sequences.append(bridge_collator(backbone)([example]))
         tokens.append([int(batch["attention_mask"].sum()) for batch in sequences])
         lengths += row_lengths([example[1]], backbone.processor, {image: (56, 56) for image in example[1].query.images})

@@ -16,6 +16,7 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import UsageError
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import export_model
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.loading import load_model
 from cocoa_embed.train import run
 from cocoa_embed.train.data.rows import Draw, numbered
@@ -72,7 +73,7 @@ def test_masked_patches_of_a_row_are_one_patch_of_noise_and_the_others_stay(
 ) -> None:
     batch = moca_collator(tiny_backbone)(numbered(interleaved))
     clean = render_items(tiny_backbone.processor, [joined(row) for row in interleaved])["pixel_values"]
-    masked, per_token = batch["masked_patches"], tiny_backbone.geometry.patches_per_token
+    masked, per_token = batch["masked_patches"], family_of(tiny_backbone.model.config).geometry.patches_per_token
     assert torch.equal(batch["pixel_values"][~masked], clean[~masked])
     assert torch.equal(batch["target_patches"], clean[masked])
     assert (masked.view(-1, per_token).sum(dim=1) % per_token == 0).all(), "visual tokens are masked whole"

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from stages import (
-    alone,
     bridge_collator,
     bridge_model,
+    contrastive_model,
     moca_collator,
     moca_model,
     warmup_collator,
@@ -25,13 +25,10 @@ from cocoa_embed.model.forward_inputs import HostInputs
 from cocoa_embed.model.host_tensor import HostTensor
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch
+from cocoa_embed.train.stages.contrastive.inputs import keep_on_host, preprocess_items
 from cocoa_embed.train.stages.contrastive.loss import contrastive_loss
 from cocoa_embed.train.stages.contrastive.mini_batches import TokenLimits
-from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer
-from cocoa_embed.train.stages.contrastive.patches import preprocess_items
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
-from cocoa_embed.train.stages.contrastive.stage import Contrastive
-from cocoa_embed.train.stages.sentence_inputs import keep_on_host
 
 READS = (DataDependentOutputException, DynamicOutputShapeException)
 RECONSTRUCTION = pytest.mark.parametrize(
@@ -126,7 +123,7 @@ def test_a_pass_of_the_contrastive_stage_reads_nothing_though_it_cuts_batches(
 ) -> None:
     settings, count = ContrastiveSettings(steps=1, batch_size=4), run.get("eos_tokens", 1)
     prepare_processor(tiny_backbone.processor, vectors=count)
-    model = as_sentence_transformer(tiny_backbone, alone(Contrastive, settings, **run).run)
+    model = contrastive_model(tiny_backbone, **run)
     columns = [
         preprocess_items(model, items) for items in zip(*((row.query, row.positive) for row in rows), strict=True)
     ]

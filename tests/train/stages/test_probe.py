@@ -11,6 +11,7 @@ from exported import PROMPTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from run_records import ACCURACIES, GEOMETRY
 from stages import bridge_collator, bridge_model
 from torch import Tensor
 
@@ -29,8 +30,6 @@ from cocoa_embed.train.stages.bridge.probe import (
 )
 from cocoa_embed.train.stages.probe import draw_images, geometry_probe, pictured_rows
 
-ACCURACIES = ["accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"]
-GEOMETRY = ["alignment", "uniformity", "modality_gap", "effective_rank", "pair_recall"]
 TEXT = Row(query=Item(text="a"), positive=Item(text="b"), source="text")
 
 
@@ -152,7 +151,7 @@ def test_a_probe_changes_no_weight_gradient_mode_or_random_draw(
     modes = []
     model.register_forward_pre_hook(lambda module, _: modes.append((module.training, torch.is_grad_enabled())))
     metrics = probe(model)
-    assert list(metrics) == ACCURACIES + GEOMETRY
+    assert tuple(metrics) == ACCURACIES + GEOMETRY
     assert set(modes) == {(False, False)}
     assert random_state() == generators
     assert all(module.training is training for module in model.modules())
@@ -188,7 +187,7 @@ def test_the_geometry_is_that_of_all_pairs_at_once_and_none_if_an_embedding_is_n
     has_image = np.array([True] * 4 + [False])
     expected = geometry(unit[:5], unit[10:15], first_has_image=has_image, second_has_image=has_image & False)
     assert found == pytest.approx(expected, rel=1e-6)
-    assert list(found) == GEOMETRY
+    assert tuple(found) == GEOMETRY
     assert seen == [(n, document, False, False) for document in (False, True) for n in (2, 2, 1)]
     vectors[11, 0] = torch.inf
     assert probe(torch.nn.Embedding.from_pretrained(vectors)) == {}

@@ -13,11 +13,11 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.images.load import load_image
 from cocoa_embed.model.attention import Block, make_causal
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
-from cocoa_embed.train.loop.stage_trainer import row_numbers
 from cocoa_embed.train.stages import samples
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
@@ -56,7 +56,7 @@ def test_the_warm_ups_images_differ_only_in_masked_patches(tiny_backbone: Backbo
         original = pixels(shown["original"])
         assert np.array_equal(original, np.asarray(load_image(row.image))), "nothing was resized"
         assert shown["caption"] == row.positive.text
-        covered = int(masked.sum()) * tiny_backbone.geometry.patch_size**2
+        covered = int(masked.sum()) * family_of(tiny_backbone.model.config).geometry.patch_size ** 2
         assert 0 < covered < original[..., 0].size
         for other in ("masked", "reconstructed"):
             assert 0 < (pixels(shown[other]) != original).any(axis=-1).sum() <= covered
@@ -124,7 +124,7 @@ def trainer_of(backbone: Backbone, devices: int = 1) -> Any:  # noqa: ANN401
     """Return what samples need of a bridge's trainer on so many devices."""
     return SimpleNamespace(
         model=bridge_model(backbone),
-        data_collator=DescribedBatches(bridge_collator(backbone), row_numbers, None),
+        data_collator=DescribedBatches(bridge_collator(backbone)),
         accelerator=SimpleNamespace(num_processes=devices, unwrap_model=lambda model: model, autocast=nullcontext),
         is_fsdp_enabled=False,
         is_world_process_zero=lambda: True,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from stages import alone, trainer_arguments
+from stages import alone, contrastive_model, gradients, trainer_arguments
 from tiny_backbones import LoadTiny, every_family
 from torch import Tensor, nn
 
@@ -22,10 +22,9 @@ from cocoa_embed.train.loop.trainer import StageContext
 from cocoa_embed.train.settings import RunSettings
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.bridge.stage import Bridge
+from cocoa_embed.train.stages.contrastive.inputs import preprocess_items
 from cocoa_embed.train.stages.contrastive.loss import contrastive_loss
 from cocoa_embed.train.stages.contrastive.mini_batches import TokenLimits
-from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer
-from cocoa_embed.train.stages.contrastive.patches import preprocess_items
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.stage import Contrastive
 from cocoa_embed.train.stages.vision_features import FeatureStore, FrozenVision, share_frozen_vision
@@ -55,13 +54,11 @@ def features(model: SentenceTransformer, rows: list[Row]) -> list[dict[str, Any]
 
 def step(backbone: Backbone, rows: list[Row], limit: int, vision: FrozenVision | None) -> tuple[Tensor, Tensor]:
     """Return the loss of a step on images of four sizes, and its gradients."""
-    model = as_sentence_transformer(backbone, alone(Contrastive, SETTINGS).run).to("cpu").train()
+    model = contrastive_model(backbone).train()
     family_of(backbone.model.config).vision(backbone.model).requires_grad_(False)
     loss = contrastive_loss(model, SETTINGS, TokenLimits(limit, limit), vision)
     value = loss(features(model, rows), torch.arange(10).view(5, 2))
-    model.zero_grad()
-    value.backward()
-    return value.detach(), torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
+    return value.detach(), gradients(model, value)
 
 
 @every_family
@@ -99,7 +96,7 @@ def test_a_folder_keeps_features_for_other_epochs_and_processes(
 
 
 def image_inputs(backbone: Backbone, rows: list[Row]) -> dict[str, Tensor]:
-    model = as_sentence_transformer(backbone, alone(Contrastive, SETTINGS).run).to("cpu")
+    model = contrastive_model(backbone)
     batch = preprocess_items(model, [row.query for row in rows])
     pixels = normalised(batch["pixel_values"], backbone.processor)
     made = family_of(backbone.model.config).image_inputs(batch["image_grid_thw"])

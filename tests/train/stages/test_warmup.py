@@ -116,7 +116,8 @@ def test_the_pixel_decoder_is_a_copy_of_the_middle_layer_with_its_own_weights(
 def test_the_pixel_decoder_predicts_every_raw_patch_in_the_order_of_pixel_values(
     tiny_backbone: Backbone, model: WarmupModel, batch: Batch
 ) -> None:
-    width, geometry = tiny_backbone.model.config.get_text_config().hidden_size, tiny_backbone.geometry
+    config = tiny_backbone.model.config
+    width, geometry = config.get_text_config().hidden_size, family_of(config).geometry
     hidden_states = torch.randn(*batch["input_ids"].shape, width, generator=torch.Generator().manual_seed(0))
     mask = as_model_mask(bidirectional_mask(batch["attention_mask"]), attn_implementation="sdpa", dtype=torch.float32)
     positions = with_host_inputs(tiny_backbone.model, batch)["position_ids"]

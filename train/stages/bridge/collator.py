@@ -12,7 +12,8 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import RowError
 from cocoa_embed.model.attention import Block
 from cocoa_embed.model.template import eos_tokens, literal, special_tokens
-from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.data.rows import Example
+from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.stages.bridge.settings import Split
 from cocoa_embed.train.stages.masking import draw_prefixes, mask_ratio, row_generators
 from cocoa_embed.train.stages.rendering import is_special, render_items, replace_masked, row_images, text_tokens

@@ -25,9 +25,6 @@ class BridgeModel(nn.Module):
     :param eos_similarity_weight: Of the mean squared cosine between a row's ``<EOS>`` states; of one there is none.
     """
 
-    accepts_loss_kwargs = True
-    """The loss is already a mean over the step, so transformers must not divide it by the micro-batches."""
-
     def __init__(
         self,
         model: PreTrainedModel,

@@ -13,8 +13,8 @@ from cocoa_embed.data.rows import Item, ItemImage, Row
 from cocoa_embed.evaluation.geometry import ALIGNMENT
 from cocoa_embed.model.attention import Block
 from cocoa_embed.train.data.row_table import RowTable, content_id, image_id
-from cocoa_embed.train.data.rows import numbered
-from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.data.rows import Example, numbered
+from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.loop.trainer import Measure
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.probe import draw_images, evaluating, geometry_probe

@@ -1,10 +1,8 @@
 """The settings of stage 2."""
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from pydantic import Field
-
-from cocoa_embed.train.settings import Count, Positive, Ratio, ReconstructionSettings
+from cocoa_embed.train.settings import Count, Positive, Ratio, ReconstructionSettings, Weight
 
 Split: TypeAlias = Literal["whole", "halves"]
 
@@ -24,6 +22,6 @@ class BridgeSettings(ReconstructionSettings):
     split: Split = "whole"
     mask_ratio: Ratio = 0.7
     eos_attends_to_b: bool = True
-    eos_similarity_weight: Annotated[float, Field(ge=0)] = 0.1
+    eos_similarity_weight: Weight = 0.1
     probe_rows: Count = 64
     probe_steps: Positive = 50

@@ -17,7 +17,8 @@ from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.forward_inputs import HostInputs
 from cocoa_embed.train.data.broken_rows import unbroken
 from cocoa_embed.train.data.row_table import RowTable
-from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.data.rows import Example
+from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import Probe, StageContext
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator, split_blocks
@@ -110,7 +111,7 @@ class Bridge(Stage[BridgeSettings]):
         """Return what makes the stage's batches."""
         return BridgeCollator(processor, self.run.seed, self.settings.mask_ratio, self.settings.split)
 
-    def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
+    def sequences(self, example: Example, processor: ProcessorMixin) -> list[Batch]:
         """Return the row's one sequence."""
         return [self.collator(processor)([example])]
 

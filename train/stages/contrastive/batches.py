@@ -59,10 +59,10 @@ class StepContent:
             reason = f"has too few rows for {devices} devices"
         elif not self.hard_negatives and min(self.queries, self.positives, self.rows_a_step) < 2:
             reason = "has nothing to contrast in a batch"
-        counts = (
-            f"rows {self.rows}, of a step {self.rows_a_step}, different queries {self.queries}, different positives"
+        return reason and (
+            f"{reason} (rows {self.rows}, of a step {self.rows_a_step}, different queries {self.queries}, "
+            f"different positives {self.positives})"
         )
-        return reason and f"{reason} ({counts} {self.positives})"
 
     def warning(self, batch_size: int) -> str | None:
         """Return what is unusual about these rows, None if nothing is."""

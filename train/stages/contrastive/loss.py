@@ -84,7 +84,7 @@ class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:  # noqa: ANN401
         """Return the loss of the embeddings of all mini-batches, with the rows in the order of ``labels``."""
-        mask_other_answers(self, labels, rows_at_once=self.mini_batch_size)
+        mask_other_answers(self, labels)
         remaining = iter(reps)
         embedded = [torch.cat([next(remaining)[0] for _ in parts]) for parts in self._parts]
         orders = [torch.tensor(list(chain.from_iterable(parts)), device=embedded[0].device) for parts in self._parts]
@@ -97,10 +97,10 @@ class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
         return loss
 
 
-def mask_other_answers(loss: CachedRankingLoss, content: Tensor, rows_at_once: int) -> None:
+def mask_other_answers(loss: CachedRankingLoss, content: Tensor) -> None:
     """Let the loss of the next batch ignore candidates that are other right answers.
 
-    A loss compares ``rows_at_once`` rows of this device at a time with the candidates of all devices: queries with
+    A loss compares ``mini_batch_size`` rows of this device at a time with the candidates of all devices: queries with
     documents and, if it is symmetric, all queries with the rows' documents.
 
     :param content: Of this device's rows, int64 ``[B, items]``.
@@ -110,8 +110,8 @@ def mask_other_answers(loss: CachedRankingLoss, content: Tensor, rows_at_once: i
         content, first = all_gather(content), get_rank() * size
 
     def masks() -> Iterator[Tensor]:
-        for begin in range(first, first + size, rows_at_once):
-            masked = other_answers(content, slice(begin, min(begin + rows_at_once, first + size)))
+        for begin in range(first, first + size, loss.mini_batch_size):
+            masked = other_answers(content, slice(begin, min(begin + loss.mini_batch_size, first + size)))
             yield masked
             if "doc_to_query" in loss.directions:
                 yield masked[:, : len(content)].T
@@ -138,7 +138,7 @@ def mean_max_sim(queries: Tensor, documents: Tensor, width: int) -> Tensor:
 
 
 def other_answers(content: Tensor, rows: slice) -> Tensor:
-    """Return which candidates of ``rows`` are right answers beside their own, bool ``[rows, B * (items - 1)]``.
+    """Return which candidates of ``rows`` are right answers besides their own, bool ``[rows, B * (items - 1)]``.
 
     These are candidates that equal the row's positive, and the positives of equal queries.
 

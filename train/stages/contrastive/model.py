@@ -16,9 +16,8 @@ from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import EosVectors, embedding_model
 from cocoa_embed.train.loop.trainer import Measure
 from cocoa_embed.train.settings import RunSettings
-from cocoa_embed.train.stages.contrastive.patches import normalise_patches, preprocess_items
+from cocoa_embed.train.stages.contrastive.inputs import normalise_patches, prepare_forward, preprocess_items
 from cocoa_embed.train.stages.probe import geometry_probe
-from cocoa_embed.train.stages.sentence_inputs import prepare_forward
 
 
 def as_sentence_transformer(backbone: Backbone, run: RunSettings) -> SentenceTransformer:

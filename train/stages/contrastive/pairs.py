@@ -14,11 +14,11 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.data.broken_rows import ReplaceBroken
 from cocoa_embed.train.data.row_table import RowTable, digest
-from cocoa_embed.train.data.rows import Draw
+from cocoa_embed.train.data.rows import Draw, Example
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.contrastive.inputs import keep_on_host
 from cocoa_embed.train.stages.contrastive.reconstruction_term import masked_column
-from cocoa_embed.train.stages.sentence_inputs import keep_on_host
 
 
 @dataclass(kw_only=True)
@@ -26,9 +26,9 @@ class PairCollator(SentenceTransformerDataCollator):
     """The collator of sentence-transformers, with ``BatchFacts`` in each batch.
 
     It takes numbers of pairs: the row + side x rows + turn x 2 x rows, where the side is 1 for a row seen from its
-    positive, and turns are those in which it is masked. Columns are ``anchor``, ``positive``, ``negative_1``..., and
-    ``label`` identifies the content of each row's items (its full text and the patches of its images), int64
-    ``[B, items]``.
+    positive, and each turn masks the row anew. The pair's draw has side + 2 x turn as its epoch. Columns are
+    ``anchor``, ``positive``, ``negative_1``..., and ``label`` identifies the content of each row's items (its full text
+    and the patches of its images), int64 ``[B, items]``.
 
     :param hard_negatives: The most of a row's negatives to use.
     :param flops_of: Returns the operations of training on a batch.
@@ -47,45 +47,40 @@ class PairCollator(SentenceTransformerDataCollator):
 
     def __call__(self, features: list[dict[str, int]]) -> dict[str, Any]:
         """Collate pairs."""
-        pairs = [self._pair(feature["row"]) for feature in features]
+        pairs = [self._pair(*divmod(feature["row"], len(self.rows))) for feature in features]
         lengths = None if self.lengths_of is None else self.lengths_of([row for _, row in pairs])
         order = range(len(pairs)) if lengths is None else np.argsort(lengths, kind="stable").tolist()
         usable = ReplaceBroken(self._collate, self._after, self.on_bad_row, len(self.rows))
-        described = DescribedBatches(usable, self._row_numbers, self.flops_of)
+        described = DescribedBatches(usable, self.flops_of)
         return described([pairs[place] for place in order])
 
-    def _pair(self, number: int) -> tuple[int, Row]:
-        side, place = divmod(number, len(self.rows))
-        return number, self.rows[place].reversed() if side % 2 else self.rows[place]
+    def _pair(self, epoch: int, place: int) -> Example:
+        row = self.rows[place]
+        return Draw(place, epoch), row.reversed() if epoch % 2 else row
 
-    def _after(self, pair: tuple[int, Row]) -> tuple[int, Row]:
+    def _after(self, pair: Example) -> Example:
         """Return the next pair that may be in the same batch: of the same side and subset, with as many negatives.
 
         :raises CocoaError: If there is none.
         """
-        kind = self._kind(pair[1])
-        side, place = divmod(pair[0], len(self.rows))
+        (place, epoch), row = pair
         for step in range(1, len(self.rows)):
-            number, row = self._pair(side * len(self.rows) + (place + step) % len(self.rows))
-            if self._kind(row) == kind:
-                return number, row
-        raise CocoaError(f"{pair[1].source}: no other row can replace this one.")
+            draw, other = self._pair(epoch, (place + step) % len(self.rows))
+            if self._kind(other) == self._kind(row):
+                return draw, other
+        raise CocoaError(f"{row.source}: no other row can replace this one.")
 
     def _kind(self, row: Row) -> tuple[str, int]:
         return row.subset, min(len(row.negatives), self.hard_negatives)
 
-    def _row_numbers(self, pairs: Sequence[tuple[int, Row]]) -> list[int]:
-        return [number % len(self.rows) for number, _ in pairs]
-
-    def _collate(self, pairs: list[tuple[int, Row]]) -> dict[str, Any]:
+    def _collate(self, pairs: list[Example]) -> dict[str, Any]:
         sides = [(row.query, row.positive, *row.negatives[: self.hard_negatives]) for _, row in pairs]
         names = ["anchor", "positive", *(f"negative_{place}" for place in range(1, len(sides[0]) - 1))]
         batch = super().__call__([dict(zip(names, items, strict=True)) for items in sides])
         columns = zip(names, zip(*sides, strict=True), strict=True)
         contents = [pixel_content_ids(items, batch, name) for name, items in columns]
         if self.masking is not None:
-            turns = [(Draw(*divmod(number, len(self.rows))[::-1]), row) for number, row in pairs]
-            batch |= masked_column(self.masking, turns)
+            batch |= masked_column(self.masking, pairs)
         return {**keep_on_host(batch), "label": torch.tensor(contents).T.contiguous()}
 
 

@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.data.rows import Example
+from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.contrastive.mini_batches import TokenLimits, mini_batches, take
 from cocoa_embed.train.stages.losses import masked_token_loss, predicting_states
@@ -32,7 +33,7 @@ def has_text(row: Row) -> bool:
 def masked_column(collator: BridgeCollator, examples: Sequence[Example]) -> Batch:
     """Return the bridge's sequences of rows with a content text, as a column; nothing if there are none.
 
-    Beside the keys of ``BridgeCollator``, it has ``num_images_per_sample`` and ``masked_ids`` (int64 ``[B, L]``): the
+    Besides the keys of ``BridgeCollator``, it has ``num_images_per_sample`` and ``masked_ids`` (int64 ``[B, L]``): the
     ids of masked tokens, and -1 elsewhere.
     """
     usable = [(draw, row) for draw, row in examples if has_text(row)]

@@ -1,10 +1,8 @@
 """The settings of stage 3."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from cocoa_embed.train.settings import Auto, Count, Positive, Rate, StageSettings
+from cocoa_embed.train.settings import Auto, Count, Positive, Rate, StageSettings, Weight
 
 
 class ContrastiveSettings(StageSettings):
@@ -20,8 +18,8 @@ class ContrastiveSettings(StageSettings):
     :param directions: ``forward``: queries are matched to their positives. ``both``: each pair is trained from either
         side, in batches of their own. ``symmetric``: one loss matches queries to positives and positives to queries.
     :param hard_negatives: The most of a row's own negatives to use. They are candidates of every query of the batch.
-    :param matryoshka_dims: Lengths at which the first values of an embedding are embeddings themselves, beside the
-        whole length.
+    :param matryoshka_dims: Lengths at which the first values of an embedding are embeddings themselves, in addition to
+        the whole length.
     :param reconstruction_weight: Add the bridge's loss on the batch's rows, times this weight: from an ``<EOS>`` that
         does not attend to block B, as that of an embedding, and with 70 % of block B masked. 0 leaves it out.
     :param probe_rows: Pairs to measure the embeddings' geometry on, every ``probe_steps`` steps: the first with an
@@ -34,6 +32,6 @@ class ContrastiveSettings(StageSettings):
     directions: Literal["forward", "both", "symmetric"] = "both"
     hard_negatives: Count = 0
     matryoshka_dims: list[Positive] | None = None
-    reconstruction_weight: Annotated[float, Field(ge=0)] = 0.0
+    reconstruction_weight: Weight = 0.0
     probe_rows: Count = 64
     probe_steps: Positive = 50

@@ -21,17 +21,18 @@ from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.flex_attention import FLEX
 from cocoa_embed.train.data.broken_rows import unbroken
 from cocoa_embed.train.data.row_table import RowTable
+from cocoa_embed.train.data.rows import Example
 from cocoa_embed.train.loop.adapters import prepare_trainable
-from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.loop.memory_trial import Trial
 from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.contrastive.batches import PairBatches, pair_groups, step_contents
+from cocoa_embed.train.stages.contrastive.inputs import preprocess_items, worst_column
 from cocoa_embed.train.stages.contrastive.loss import contrastive_loss
 from cocoa_embed.train.stages.contrastive.mini_batches import CPU_TOKENS, TokenLimits, take
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer, embedding_probe
 from cocoa_embed.train.stages.contrastive.pairs import PairCollator
-from cocoa_embed.train.stages.contrastive.patches import preprocess_items, worst_column
 from cocoa_embed.train.stages.contrastive.reconstruction_term import MASKINGS, has_text, prepare_head, reconstruct
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer
@@ -154,7 +155,7 @@ class Contrastive(Stage[ContrastiveSettings]):
         tokens = self.settings.mini_batch_tokens
         return f"lower {self.name}.mini_batch_tokens ({tokens}) or max_pixels, or set gradient_checkpointing=true"
 
-    def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
+    def sequences(self, example: Example, processor: ProcessorMixin) -> list[Batch]:
         """Return a sequence for each item of the row."""
         _, row = example
         items = (row.query, row.positive, *row.negatives[: self.settings.hard_negatives])
@@ -204,13 +205,9 @@ class Contrastive(Stage[ContrastiveSettings]):
             probe = Probe(measure, settings.probe_steps, {ALIGNMENT})
         arguments = SentenceTransformerTrainingArguments(**context.arguments)
         groups, limits = pair_groups(rows, settings), TokenLimits(self.tokens_at_once, self.tokens_at_once)
-        numbers, turns, masking, term = len(rows) * self.passes_per_epoch, 1, None, None
+        span, turns, masking, term = 2 * len(rows), 1, None, None
         if settings.reconstruction_weight:
-            numbers, turns, masking = (
-                2 * len(rows) * MASKINGS,
-                MASKINGS,
-                BridgeCollator(backbone.processor, self.run.seed),
-            )
+            turns, masking = MASKINGS, BridgeCollator(backbone.processor, self.run.seed)
             term = partial(reconstruct, prepare_head(backbone.model), settings.reconstruction_weight)
         return ContrastiveTrainer(
             model=model,
@@ -222,9 +219,9 @@ class Contrastive(Stage[ContrastiveSettings]):
                 arguments.seed,
                 PartialState().num_processes,
                 turns,
-                2 * len(rows),
+                span,
             ),
-            train_dataset=Dataset.from_dict({"row": np.arange(numbers)}),
+            train_dataset=Dataset.from_dict({"row": np.arange(turns * span)}),
             limits=limits,
             loss=contrastive_loss(model, settings, limits, vision, term, self.run.eos_tokens),
             data_collator=PairCollator(

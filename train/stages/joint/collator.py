@@ -9,8 +9,9 @@ from torch import Generator, Tensor
 from transformers import ProcessorMixin
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.model.families.family import PatchGeometry
-from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.model.families.registry import family_of_images
+from cocoa_embed.train.data.rows import Example
+from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.stages.joint.settings import JointSettings
 from cocoa_embed.train.stages.masking import row_generators, visual_places
 from cocoa_embed.train.stages.rendering import joined, render_items, replace_masked, row_images
@@ -25,7 +26,6 @@ class JointCollator(ABC):
     """
 
     processor: ProcessorMixin
-    geometry: PatchGeometry
     seed: int
     settings: JointSettings
 
@@ -52,15 +52,15 @@ class JointCollator(ABC):
         batch = render_items(self.processor, [joined(row) for row in rows])
         masked = self.mask_tokens(batch, rows, generators)
         batch = replace_masked(batch, masked, self.processor.tokenizer.mask_token_id)
+        geometry = family_of_images(self.processor).image_geometry(self.processor)
         if "pixel_values" not in batch:
-            no_patches = torch.empty(0, self.geometry.patch_width)
+            no_patches = torch.empty(0, geometry.patch_width)
             return {**batch, "masked_patches": torch.empty(0, dtype=torch.bool), "target_patches": no_patches}
         del batch["image_digests"]  # the vision encoder does not see these images
         of_images = [generator for generator, row in zip(generators, rows, strict=True) for _ in row_images(row)]
-        return {**batch, **self._mask_patches(batch, of_images)}
+        return {**batch, **self._mask_patches(batch, geometry.patches_per_token, of_images)}
 
-    def _mask_patches(self, batch: Batch, generators: Sequence[Generator]) -> Batch:
-        per_token = self.geometry.patches_per_token
+    def _mask_patches(self, batch: Batch, per_token: int, generators: Sequence[Generator]) -> Batch:
         patches = batch["image_grid_thw"].prod(dim=1)
         exists = visual_places(patches // per_token)
         masked = self.mask_images(exists, generators)[exists].repeat_interleave(per_token)

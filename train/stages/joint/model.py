@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
-from cocoa_embed.model.families.family import PatchGeometry
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.forward_inputs import with_host_inputs
 from cocoa_embed.model.host_tensor import places
 from cocoa_embed.train.loop.batch_facts import Batch
@@ -31,13 +31,12 @@ class PixelDecoder(nn.Module):
     The layer starts as a copy of the language model's middle layer and attends bidirectionally.
 
     :param model: The backbone whose middle layer is copied.
-    :param geometry: How many raw patches stand behind a visual token, and how wide each is.
     """
 
-    def __init__(self, model: PreTrainedModel, geometry: PatchGeometry) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         decoder: Any = model.get_decoder()
-        self.geometry = geometry
+        self.geometry = geometry = family_of(model.config).geometry
         self.layer = copy.deepcopy(decoder.layers[len(decoder.layers) // 2])
         self.norm = copy.deepcopy(decoder.norm)
         self.rotary_emb = copy.deepcopy(decoder.rotary_emb)
@@ -67,16 +66,13 @@ class PixelDecoder(nn.Module):
 class JointModel(nn.Module, ABC):
     """The backbone with a pixel decoder: the loss of masked tokens and, by its weight, that of masked patches."""
 
-    accepts_loss_kwargs = True
-    """The loss is already a mean over the step, so transformers must not divide it by the micro-batches."""
-
     text_loss: ClassVar[str]
     """The name of the loss of the masked tokens in the log."""
 
-    def __init__(self, model: PreTrainedModel, geometry: PatchGeometry, settings: JointSettings) -> None:
+    def __init__(self, model: PreTrainedModel, settings: JointSettings) -> None:
         super().__init__()
         self.backbone = model
-        self.pixel_decoder = PixelDecoder(model, geometry)
+        self.pixel_decoder = PixelDecoder(model)
         self.settings = settings
 
     @staticmethod

@@ -1,10 +1,6 @@
 """The settings of a joint reconstruction."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from cocoa_embed.train.settings import Ratio, ReconstructionSettings
+from cocoa_embed.train.settings import Ratio, ReconstructionSettings, Weight
 
 
 class JointSettings(ReconstructionSettings):
@@ -12,11 +8,11 @@ class JointSettings(ReconstructionSettings):
 
     :param text_mask_ratio: The probability that a token of a text is masked.
     :param image_mask_ratio: The ratio of visual tokens that is masked.
-    :param mae_weight: The weight of the pixel loss beside the text loss.
+    :param mae_weight: The weight of the pixel loss, relative to the text loss.
     :param normalise_targets: Give each target patch zero mean and unit variance.
     """
 
     text_mask_ratio: Ratio
     image_mask_ratio: Ratio
-    mae_weight: Annotated[float, Field(ge=0)]
+    mae_weight: Weight
     normalise_targets: bool = False

@@ -4,15 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from accelerate.utils import send_to_device
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import ProcessorMixin
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.model.families.family import PatchGeometry
-from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.forward_inputs import HostInputs
 from cocoa_embed.train.data.row_table import RowTable
-from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.data.rows import Example
+from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import StageContext
 from cocoa_embed.train.stages.joint.collator import JointCollator
@@ -39,18 +38,18 @@ class Joint(Stage[Own]):
         text_loss = self.model_class.text_loss
         return {"loss": "loss", text_loss: "text", "mae_loss": "pixels", "masked_token_accuracy": "accuracy"}
 
-    def collator(self, processor: ProcessorMixin, geometry: PatchGeometry) -> JointCollator:
+    def collator(self, processor: ProcessorMixin) -> JointCollator:
         """Return what makes the stage's batches."""
-        return self.collator_class(processor, geometry, self.run.seed, self.settings)
+        return self.collator_class(processor, self.run.seed, self.settings)
 
-    def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
+    def sequences(self, example: Example, processor: ProcessorMixin) -> list[Batch]:
         """Return the row's one sequence."""
-        return [self.collator(processor, family_of(config).geometry)([example])]
+        return [self.collator(processor)([example])]
 
     def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> StageTrainer:
         """Return the trainer; the pixel decoder in its model is not saved."""
-        model = self.model_class(backbone.model, backbone.geometry, self.settings)
-        collator = HostInputs(backbone.model.config).after(self.collator(backbone.processor, backbone.geometry))
+        model = self.model_class(backbone.model, self.settings)
+        collator = HostInputs(backbone.model.config).after(self.collator(backbone.processor))
         return stage_trainer(model, backbone.model, rows, collator, self.settings, context)
 
     def samples(

@@ -1,10 +1,6 @@
 """The settings of MoCa's pre-training."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from cocoa_embed.train.settings import Ratio
+from cocoa_embed.train.settings import Ratio, Weight
 from cocoa_embed.train.stages.joint.settings import JointSettings
 
 
@@ -13,4 +9,4 @@ class MocaSettings(JointSettings):
 
     text_mask_ratio: Ratio = 0.4
     image_mask_ratio: Ratio = 0.5
-    mae_weight: Annotated[float, Field(ge=0)] = 0.1
+    mae_weight: Weight = 0.1

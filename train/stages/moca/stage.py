@@ -8,7 +8,6 @@ from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.model.families.family import PatchGeometry
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.stages.joint.collator import JointCollator
 from cocoa_embed.train.stages.joint.model import JointModel
@@ -49,8 +48,8 @@ class MocaModel(JointModel):
     text_loss = "mlm_loss"
     states_of = staticmethod(own_states)
 
-    def __init__(self, model: PreTrainedModel, geometry: PatchGeometry, settings: MocaSettings) -> None:
-        super().__init__(model, geometry, settings)
+    def __init__(self, model: PreTrainedModel, settings: MocaSettings) -> None:
+        super().__init__(model, settings)
         self.pixel_decoder.norm = nn.Identity()
 
 

@@ -1,10 +1,8 @@
 """The settings of stage 1."""
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from pydantic import Field
-
-from cocoa_embed.train.settings import Ratio
+from cocoa_embed.train.settings import Ratio, Weight
 from cocoa_embed.train.stages.joint.settings import JointSettings
 
 PatchFill: TypeAlias = Literal["noise", "zero", "mean"]
@@ -22,4 +20,4 @@ class WarmupSettings(JointSettings):
     instruction_mask_ratio: Ratio = 0.05
     image_mask_ratio: Ratio = 0.5
     patch_fill: PatchFill = "noise"
-    mae_weight: Annotated[float, Field(ge=0)] = 0.5
+    mae_weight: Weight = 0.5

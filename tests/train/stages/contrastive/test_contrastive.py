@@ -11,7 +11,7 @@ import torch
 from exported import PROMPTS
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
-from stages import alone, trainer_arguments
+from stages import alone, contrastive_model, gradients, trainer_arguments
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -26,14 +26,13 @@ from cocoa_embed.train.loop.callbacks import LogLastStep
 from cocoa_embed.train.loop.processes import meet
 from cocoa_embed.train.loop.trainer import Probe, StageContext
 from cocoa_embed.train.stages.contrastive import loss as loss_module
+from cocoa_embed.train.stages.contrastive.inputs import keep_on_host, normalise_patches, preprocess_items
 from cocoa_embed.train.stages.contrastive.loss import CachedRankingLoss, contrastive_loss
 from cocoa_embed.train.stages.contrastive.mini_batches import TokenLimits
-from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer, embedding_probe
-from cocoa_embed.train.stages.contrastive.patches import normalise_patches, preprocess_items
+from cocoa_embed.train.stages.contrastive.model import embedding_probe
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.stage import Contrastive
 from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer
-from cocoa_embed.train.stages.sentence_inputs import keep_on_host
 
 BATCH = 8
 
@@ -52,8 +51,7 @@ def trainer_of(
 
 @pytest.fixture
 def model(tiny_backbone: Backbone) -> SentenceTransformer:
-    run = alone(Contrastive, section(), prompts=PROMPTS).run
-    return as_sentence_transformer(tiny_backbone, run).to("cpu")
+    return contrastive_model(tiny_backbone, prompts=PROMPTS)
 
 
 @pytest.fixture
@@ -154,12 +152,6 @@ def features(model: SentenceTransformer, mixed_rows: list[Row], scene_rows: list
     columns += [[Item(text=f"scene {number} without it") for number in range(BATCH)]]
     columns += [[row.query for row in scene_rows[BATCH : 2 * BATCH]]]
     return [preprocessed(model.eval(), items) for items in columns]
-
-
-def gradients(model: SentenceTransformer, loss: Tensor) -> Tensor:
-    model.zero_grad()
-    loss.backward()
-    return torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
 
 
 NO_DUPLICATES = torch.arange(4 * BATCH).reshape(BATCH, 4)

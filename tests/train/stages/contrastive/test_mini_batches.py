@@ -5,23 +5,18 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from stages import alone
+from stages import contrastive_model
 from torch import Tensor
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.train.stages.contrastive.inputs import preprocess_items
 from cocoa_embed.train.stages.contrastive.mini_batches import MOST_ITEMS, TokenLimits, mini_batches, take
-from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer
-from cocoa_embed.train.stages.contrastive.patches import preprocess_items
-from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
-from cocoa_embed.train.stages.contrastive.stage import Contrastive
 
 
 @pytest.fixture
 def model(tiny_backbone: Backbone) -> SentenceTransformer:
-    return as_sentence_transformer(
-        tiny_backbone, alone(Contrastive, ContrastiveSettings(steps=1, batch_size=2)).run
-    ).to("cpu")
+    return contrastive_model(tiny_backbone)
 
 
 @pytest.fixture
