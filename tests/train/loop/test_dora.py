@@ -174,6 +174,7 @@ def test_dropout_reaches_the_low_rank_path_alone(tiny_backbone: Backbone, bias: 
 
 def with_both(backbone: Backbone, kind: str) -> tuple[Adapter, Adapter]:
     """Return equal adapters of a model in bfloat16 and of one in float32."""
+    torch.manual_seed(1)  # from some weights, the rounding of bfloat16 alone turns the gradient
     half, whole = (
         add_adapter(copy.deepcopy(backbone.model), SETTINGS.model_copy(update={"kind": kind}), bf16=bf16)
         for bf16 in (True, False)
