@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft.tuners.lora import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
-from tiny_backbones import every_family, stock_inputs
+from tiny_backbones import every_family_slowly, stock_inputs
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import AdamW
@@ -60,7 +60,7 @@ def loss_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     return model.base_model(**stock_inputs(model, batch), use_cache=False).last_hidden_state[..., 0].square().mean()
 
 
-@every_family
+@every_family_slowly
 @pytest.mark.parametrize(
     ("checkpointing", "optimizer"),
     [(False, {"foreach": True}), (True, {"foreach": False}), (True, {"fused": True})],
