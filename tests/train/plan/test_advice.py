@@ -17,12 +17,15 @@ from cocoa_embed.train.stages.contrastive.stage import Contrastive
 from cocoa_embed.train.stages.stage import Stage
 
 
-def rows(images: int, *, each: int = 1, captions: int | None = None) -> RowTable:
+def rows(images: int, *, each: int = 1, captions: int | None = None, question: str | None = "What?") -> RowTable:
     """Rows of ``images`` images, ``each`` times, with so many different captions."""
     return RowTable.of(
-        Row(Item(images=(Path(f"{n % images}.png"),)), Item(f"caption {n % (captions or images)}"), f"row {n}")
+        Row(Item(question, (Path(f"{n % images}.png"),)), Item(f"caption {n % (captions or images)}"), f"row {n}")
         for n in range(images * each)
     )
+
+
+PARAPHRASE = RowTable.of([Row(Item("one caption"), Item("another caption"), "paraphrase")])
 
 
 def bridge(**values: Any) -> Stage[Any]:
@@ -47,6 +50,8 @@ def contrastive(**values: Any) -> Stage[Any]:
         (bridge(batch_size=65), rows(64, each=50), ["65 rows, but only 64 of its rows are different; lower"]),
         (bridge(probe_rows=101), rows(200), ["too few images to hold 101 * takes 202), * lower bridge."]),
         (bridge(probe_rows=0), rows(200, each=5), []),
+        (bridge(), rows(200, question=None), ["No row of stage bridge is text alone, * bridge.data.paraphrases=2."]),
+        (bridge(), RowTable.of([*rows(200, question=None), *PARAPHRASE]), []),
         (contrastive(), rows(100), []),
         (bridge(probe_rows=1), rows(200), ["bridge.probe_rows is 1, and one image cannot be shuffled"]),
         (contrastive(directions="forward"), rows(2, each=45), ["few negatives; give it more"]),
@@ -68,8 +73,8 @@ def test_each_warning_names_the_setting_to_change(stage: Stage[Any], table: RowT
 
 def test_a_thousand_photographs_are_too_few_for_the_papers_recipe_and_not_for_that_of_an_own_folder() -> None:
     def warnings(recipe: str) -> list[str]:
-        stages = Recipe.load(recipe).stages.values()
-        return [warning for stage in stages for warning in advise(stage, rows(1000), stage.step_count(rows(1000)))]
+        stages, table = Recipe.load(recipe).stages.values(), rows(1000)
+        return [warning for stage in stages for warning in advise(stage, table, stage.step_count(table))]
 
     assert warnings("own-folder") == []
     parts = (

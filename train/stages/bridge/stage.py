@@ -79,8 +79,14 @@ class Bridge(Stage[BridgeSettings]):
         return hold_out_rows(rows, self.settings.probe_rows, self.run.seed)
 
     def row_warnings(self, rows: RowTable) -> list[str]:
-        """Return a sentence if none or too few images can be held out, and for each subset with one text for all."""
+        """Return a sentence if too few images can be held out, no row is text alone, or block B is always the same."""
         warnings, count = self._same_texts(rows), self.settings.probe_rows
+        if rows.column("image_id").all() and not rows.column("query_text").any():
+            warnings.append(
+                f"No row of stage {self.name} is text alone, so <EOS> learns to carry images and no captions, which "
+                "halved the recall of photographs by captions (docs/findings.md); give images several captions, such "
+                f"as those of cocoa-embed caption --wordings 4, and set {self.name}.data.paraphrases=2."
+            )
         if count == 1:
             warnings.append(
                 f"{self.name}.probe_rows is 1, and one image cannot be shuffled, so what <EOS> carries is not "
