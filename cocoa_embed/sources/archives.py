@@ -144,7 +144,7 @@ def read_description(suffix: str, content: bytes) -> dict[str, Any]:
             return {}
         return columns if isinstance(columns, dict) else {}
     if suffix == ".cls":
-        # Python refuses to read numbers of thousands of digits.
+        # More digits are stored as text, and of thousands Python makes no number.
         return {"cls": int(text) if text.isdecimal() and len(text) < 20 else text}
     return {"text": text} if text else {}
 

@@ -254,6 +254,16 @@ def test_the_recipe_for_an_own_folder_scales_with_it(images: int, steps: list[in
     assert all(count * stage.settings.batch_size <= 20 * images for count, stage in zip(steps, stages, strict=True))
 
 
+@pytest.mark.parametrize("name", ["own-folder", "smolvlm-256m", "internvl3-1b"])
+def test_the_recipes_for_an_own_folder_use_all_captions_and_the_bridge_text_only_rows(name: str) -> None:
+    data = {stage: Recipe.load(name).data_of(stage) for stage in ("warmup", "bridge", "contrastive")}
+    assert {stage: (each.captions, each.paraphrases) for stage, each in data.items()} == {
+        "warmup": ("captions", 0),
+        "bridge": ("captions", 2),
+        "contrastive": ("captions", 0),
+    }
+
+
 def test_wrong_keys_and_missing_folders_are_found_together() -> None:
     """And before torch is imported: tests/cli/test_cli.py."""
     with pytest.raises(
