@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 LARGEST_INTEGER = 2**63 - 1
 """The largest integer that Qdrant stores as it is."""
+MOST_LEVELS = 100
+"""How many levels of lists and objects a value may have. Qdrant reads 127 of a payload."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +104,20 @@ def relative_key(key: str, root: str | None) -> str:
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a table as JSON has them, and as Qdrant stores them.
 
-    Dates and integers of more than 64 bits, which Qdrant would round, become strings; numbers that are not finite null.
+    Dates and integers of more than 64 bits, which Qdrant would round, become strings; numbers that are not finite and
+    values of more than ``MOST_LEVELS`` levels null.
     """
-    text = json.dumps(values, default=str)
+    shallow = {name: None if _is_deeper(value, MOST_LEVELS) else value for name, value in values.items()}
+    text = json.dumps(shallow, default=str)
     result: dict[str, Any] = json.loads(text, parse_int=_integer_or_digits, parse_constant=lambda _: None)
     return result
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    if not isinstance(value, dict | list | tuple):
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(part, levels - 1) for part in parts)
 
 
 def _integer_or_digits(digits: str) -> int | str:

@@ -1,10 +1,13 @@
 import tracemalloc
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 
 import pytest
 from table_files import write_images, write_table
 
 from cocoa_embed.data.image_folder import DescribedImage
+from cocoa_embed.sources.base import MOST_LEVELS
 from cocoa_embed.sources.image_metadata import FolderMetadata, ImageDescription, ImageMetadata
 from cocoa_embed.sources.shard_files import json_values
 
@@ -48,6 +51,18 @@ def test_integers_of_more_than_64_bits_are_texts_as_qdrant_would_round_them(tmp_
     values = {"most": 2**63 - 1, "list": [{"id": -(2**70)}], "float": 1e300}
     write_table(tmp_path / "metadata.jsonl", [{"file_name": "a.png", **values}])
     expected = {**values, "list": [{"id": "-1180591620717411303424"}]}
+    assert described(tmp_path, "a.png")[0].metadata == json_values(values) == expected
+
+
+@pytest.mark.parametrize("wrap", [lambda value: [value], lambda value: {"a": value}], ids=["list", "object"])
+def test_a_value_of_more_levels_than_qdrant_reads_is_null(tmp_path: Path, wrap: Callable[[object], object]) -> None:
+    def nested(levels: int) -> object:
+        return reduce(lambda value, _: wrap(value), range(levels), "x")
+
+    write_images(tmp_path, "a")
+    values = {"most": nested(MOST_LEVELS), "more": nested(MOST_LEVELS + 1), "deep": nested(800)}
+    write_table(tmp_path / "metadata.jsonl", [{"file_name": "a.png", **values}])
+    expected = {"most": values["most"], "more": None, "deep": None}
     assert described(tmp_path, "a.png")[0].metadata == json_values(values) == expected
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Signature,
 from cocoa_embed.integrations.qdrant.stores.checks import check_points
 from cocoa_embed.integrations.qdrant.stores.options import StoreOptions
 from cocoa_embed.integrations.qdrant.stores.store import Store
+from cocoa_embed.sources.base import MOST_LEVELS
 
 pytestmark = pytest.mark.usefixtures("few_payload_indexes")
 
@@ -93,10 +94,11 @@ class TestCollections:
 
 class TestPoints:
     def test_points_come_back_as_they_were_stored(self, store: Store) -> None:
+        deepest: object = reduce(lambda value, _: [value], range(MOST_LEVELS), "x")
         payload = {
             "path": "/a/žluť 😀\n\t\"'.png",
             "caption": None,
-            "metadata": {"a.b": [-1, 2**62, 1e-300, -0.0, 1.0, True, None, "x", {"deep": [[]]}], "": {}},
+            "metadata": {"a.b": [-1, 2**62, 1e-300, -0.0, 1.0, True, None, "x", {}], "": {}, "deepest": deepest},
             "mtime": 1759000000.123456,
             "long": "x" * 100_000,
         }
