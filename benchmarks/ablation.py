@@ -6,26 +6,25 @@
     python benchmarks/ablation.py --profile photos --training FOLDER --held-out FOLDER --backbone FOLDER --plan
     python benchmarks/ablation.py --draw ablation.json  # only tables and figure, from a results file
 
-The arms: contrastive learning only, and with the compute of all three stages; with warm-up, with the bridge, with both;
-with MoCa in their place (beside ``tiny`` and ``photos``); causal instead of bidirectional; ``<EOS>`` that does not
-attend to block B; the bridge's mask ratio and length; fewer pairs. Every arm is trained once for each seed, with
-different scenes, order and masks; your own folders are the same for all seeds. In the bridge and the contrastive stage
-the learning rate is constant and the order of the rows does not depend on the length, so that a snapshot equals the
-result of a shorter stage. Compute is counted in FLOPs of the training steps, without recomputation; the time is
-reported beside it.
+The arms: contrastive learning only, also with the compute of all three stages; with warm-up, with the bridge, with
+both; with MoCa instead of them (for ``tiny`` and ``photos``); causal instead of bidirectional; ``<EOS>`` that does not
+attend to block B; several mask ratios and lengths of the bridge; fewer pairs. Every arm is trained once for each seed,
+with different scenes, order and masks; your own folders are the same for all seeds. In the bridge and the contrastive
+stage, the learning rate is constant and rows are not grouped by length, so that a snapshot equals the result of a
+shorter stage. Compute is counted in FLOPs of the training steps, without recomputation; the time is also reported.
 
 ``--profile photos`` compares the stages on captioned photographs instead: contrastive pairs of 100, 1,000 and all
-images, with one caption or all, where warm-up and bridge see all captioned photographs or those of the pairs alone, and
-half of the bridge with more contrastive steps; ``--alone-learning-rate`` is that of contrastive learning alone;
-and, with ``--group settings``, what may make the bridge pay. Every held-out caption is a query. ``photos-full`` is for
-a GPU. ``--plan`` lists the arms with their hours; ``--arms`` and ``--images`` choose.
+images, with one caption or all of them, where warm-up and bridge see all captioned photographs or only those of the
+pairs; and half of the bridge with more contrastive steps. ``--alone-learning-rate`` is the learning rate of contrastive
+learning alone. ``--group settings`` adds settings that may make the bridge pay. Every held-out caption is a query.
+``photos-full`` is for a GPU. ``--plan`` lists the arms with their hours; ``--arms`` and ``--images`` select some.
 
-``--base`` names another recipe; its stages are used as they are, except for what is compared. The weights themselves
-are trained (no adapters), and the rows of every stage come from ``--training``.
+``--base`` names another recipe; its stages are used unchanged, except for what is compared. The weights themselves are
+trained (no adapters), and the rows of every stage come from ``--training``.
 
 Writes ``ablation.json`` (the numbers of every seed), ``ablation.md``, ``ablation.html`` and ``ablation.svg`` to
-``--out``, anew after each stage. The same command resumes an interrupted run. Weights stay in ``--work``, about 12 MB a
-stage with the package's captioner.
+``--out``, again after each stage. The same command resumes an interrupted run. Weights stay in ``--work``, about 12 MB
+per stage with the package's captioner.
 """
 
 import argparse
@@ -58,11 +57,11 @@ from shared.output import command_line
 
 TINY = "tiny"
 TINY_SETTINGS = (
-    # Contrastive learning alone came less far at 1e-3 and 3e-4 in 150 steps (docs/experiments.md).
+    # At 1e-3 and 3e-4, contrastive learning alone gets less far in 150 steps (docs/experiments.md).
     "contrastive.learning_rate=6.0e-4",
     # Divides every number of pairs, so that all batches have the same size.
     "contrastive.batch_size=50",
-    # As moca-tiny: a scene has four visual tokens, and 0.5 masks all of them in one of 16.
+    # As in moca-tiny: a scene has four visual tokens, and 0.5 would mask all of them in one scene of 16.
     "moca.image_mask_ratio=0.2",
 )
 REDUCED = Sizes(8000, 320, 1000, 300, 480, 40, variant_part=0.5, equal_fractions=(0.1, 1.0), captions_as_pairs=False)
@@ -76,7 +75,7 @@ PROFILES = {
 SIZES = ("pairs", "warmup_steps", "bridge_steps", "contrastive_steps")
 TITLE = "What each stage is worth"
 PROCESSES_PER_ACCELERATOR = 4
-"""One process with so small a model leaves an accelerator idle most of the time."""
+"""With so small a model, one process leaves an accelerator idle most of the time."""
 
 
 def parse() -> argparse.Namespace:
@@ -86,21 +85,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", help="the recipe of all stages [tiny, or photos]")
     parser.add_argument("--backbone", help="the folder or name of another backbone [the recipe's]")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override of that recipe")
-    parser.add_argument("--alone-learning-rate", type=float, help="of contrastive learning alone [the recipe's]")
+    parser.add_argument("--alone-learning-rate", type=float, help="rate of contrastive learning alone [the recipe's]")
     parser.add_argument("--training", type=Path, help="an image folder to train on [drawn scenes]")
     parser.add_argument("--held-out", type=Path, help="an image folder to measure on, with --training")
     for name in SIZES:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the profile's")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="a number to use instead of the profile's")
     parser.add_argument("--images", type=int, nargs="+", help="numbers of images, instead of the profile's")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on [3]")
     parser.add_argument("--group", action="append", choices=get_args(Group), help="arms to run [all; photographs]")
     parser.add_argument(
         "--arms", nargs="+", default=[], metavar="PATTERN", help="arms to run, as '*1000 images*' [all]"
     )
-    parser.add_argument("--plan", action="store_true", help="only list the arms, with hours by a few timed steps")
+    parser.add_argument("--plan", action="store_true", help="only list the arms and hours, from a few timed steps")
     parser.add_argument("--processes", type=int, default=processes, help="stages trained in parallel")
-    parser.add_argument("--work", type=Path, default=Path("cocoa-ablation"), help="where weights and data go")
-    parser.add_argument("--out", type=Path, help="where results go [--work]")
+    parser.add_argument("--work", type=Path, default=Path("cocoa-ablation"), help="the folder for weights and data")
+    parser.add_argument("--out", type=Path, help="the folder for results [--work]")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="only write tables and figure of a results file")
     options = parser.parse_args()
     if (options.training is None) != (options.held_out is None):
@@ -111,7 +110,7 @@ def parse() -> argparse.Namespace:
     if is_photos and options.training is None:
         parser.error(f"--profile {options.profile} needs --training and --held-out")
     if options.images and not is_photos:
-        parser.error("--images belongs to --profile photos; give --pairs")
+        parser.error("--images goes with --profile photos; give --pairs instead")
     options.base = options.base or ("photos" if is_photos else TINY)
     options.group = options.group or (["photographs"] if is_photos else None)
     return options
@@ -136,8 +135,8 @@ def open_workspace(options: argparse.Namespace) -> Workspace:
             sizes = replace(sizes, training=images, pairs=images, captions=len(rows) / images, images=counts)
     if sizes.pairs > sizes.training:
         raise UsageError(
-            f"--pairs {sizes.pairs} is more than the {sizes.training} images to train on; the bridge's probe keeps"
-            f" {sizes.probe_rows} more"
+            f"--pairs {sizes.pairs} is more than the {sizes.training} images to train on; the bridge's probe takes"
+            f" {sizes.probe_rows} others"
         )
     if (
         min(FRACTIONS) * sizes.pairs < 2
@@ -188,17 +187,17 @@ def chosen(workspace: Workspace, options: argparse.Namespace, *, is_timed: bool 
     """Return the grid of the chosen arms.
 
     :param is_timed: As in ``Workspace.grid``.
-    :raises UsageError: If there are none.
+    :raises UsageError: If no arm is chosen.
     """
     grid = workspace.grid(options.group, options.arms, is_timed=is_timed)
     if not grid.arms:
         labels = "\n".join(map(grid.label, replace(grid, patterns=()).arms))
-        raise UsageError(f"--arms {' '.join(options.arms)} is none of these:\n{labels}")
+        raise UsageError(f"--arms {' '.join(options.arms)} matches none of these:\n{labels}")
     return grid
 
 
 def list_arms(options: argparse.Namespace) -> Table:
-    """Return the arms in their order, with the hours of what is not finished yet, by a few timed steps.
+    """Return the arms in order, with the hours that are left, estimated from a few timed steps.
 
     :raises CocoaError: If the folders or the recipe cannot be used.
     """
@@ -221,8 +220,9 @@ def list_arms(options: argparse.Namespace) -> Table:
             rows.append([str(seed), grid.label(arm), steps, f"{hours:.2f}", f"{total:.2f}"])
     times = ", ".join(f"{stage} {each:.2f} s" for stage, each in seconds.items())
     note = (
-        f"A step takes: {times}, with {torch.get_num_threads()} threads. hours: of one process, for stages that no arm"
-        f" before has, without scoring; with {options.processes} processes {total / options.processes:.1f} in all."
+        f"A step takes: {times}, with {torch.get_num_threads()} threads. hours to go: of one process, for stages that"
+        f" no arm above has, without scoring; with {options.processes} processes {total / options.processes:.1f} in"
+        " all."
     )
     return Table("Plan", ["seed", "arm", "steps", "hours to go", "in all"], rows, [note])
 
@@ -230,7 +230,7 @@ def list_arms(options: argparse.Namespace) -> Table:
 def results(
     options: argparse.Namespace, workspace: Workspace, grid: Grid, seeds: list[int], started: float
 ) -> dict[str, Any]:
-    """Return the results of what is finished."""
+    """Return the results of the arms that are finished."""
     outcomes = [[outcome(workspace, arm, seed) for seed in seeds] for arm in grid.arms]
     return {
         "profile": options.profile,
@@ -263,7 +263,7 @@ def write(document: dict[str, Any], out: Path) -> None:
 def write_again(results: Path, out: Path) -> None:
     """Write the tables and the figure of a results file.
 
-    :raises CocoaError: If the file is not one, or the output cannot be written.
+    :raises CocoaError: If it is not a results file, or the output cannot be written.
     """
     try:
         write(json.loads(results.read_text(encoding="utf-8")), out)

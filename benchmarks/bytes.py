@@ -1,12 +1,12 @@
-"""The bytes and the seconds of a point in Parquet files and in Qdrant Edge, whose engine and files are a server's.
+"""The bytes and seconds per point in Parquet files and in Qdrant Edge, which has the engine and files of a server.
 
     python benchmarks/bytes.py --points 4000 10000 --dimension 1536 --create "" vectors=float16 [--json]
 
-Points are random unit vectors with payloads as the indexer writes them. Every figure is a slope: what the larger number
-of points has more, divided by how many there are more. Bytes are blocks on the disk, by what the engine keeps in them.
-``load`` reads the Parquet files and writes to Edge; ``load client`` writes to a server in another process, which is not
-counted; ``build`` is the search index (HNSW, 16 edges). All three are seconds of one core, which other programs on the
-machine change little.
+Points are random unit vectors with payloads as the indexer writes them. Every value is a slope: the difference between
+the larger and the smaller number of points, per additional point. Bytes are blocks on the disk, grouped by what the
+engine keeps in them. ``load`` reads the Parquet files and writes to Edge; ``load client`` writes to a server in another
+process, which is not counted; ``build`` is the search index (HNSW, 16 edges). All three are seconds of one core, which
+other programs on the machine hardly change.
 """
 
 import os
@@ -34,11 +34,11 @@ PARTS = {
     "payload": r"payload_storage",
     "log": r"/wal/",
 }
-"""What is in which of the engine's files; the first that matches counts."""
+"""What the engine's files hold, by patterns of their paths; the first match counts."""
 
 
 def blocks(folder: Path) -> Counter[str]:
-    """Return the bytes on the disk by what they hold."""
+    """Return the bytes on the disk, grouped by what they hold."""
     sizes: Counter[str] = Counter()
     for file in (file for file in folder.rglob("*") if file.is_file()):
         part = next((part for part, pattern in PARTS.items() if re.search(pattern, str(file))), "other")
@@ -47,7 +47,7 @@ def blocks(folder: Path) -> Counter[str]:
 
 
 def measure(create: str, count: int, dimension: int) -> dict[str, float]:
-    """Return the bytes and the core seconds of so many points."""
+    """Return the bytes and the core seconds of ``count`` points."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = EmbeddingFolder(f"{scratch}/parquet")
         folder.sign(Signature("random", "0" * 64, dimension))

@@ -1,9 +1,9 @@
-"""Steps of ``train_step.py`` one after the other in one process, as ``gpu.sh`` runs them: a JSON file for each.
+"""Run cases of ``train_step.py`` one after the other in one process, for ``gpu.sh``; each writes a JSON file.
 
     python benchmarks/card_steps.py PART FOLDER [--rehearse]
 
-A case that runs out of memory says so in its file, and the next one runs. ``--rehearse`` takes the smallest model and
-rows, for a machine without a card.
+A case that runs out of memory says so in its file, and the next one runs. ``--rehearse`` uses the smallest model and
+few rows, for a machine without a card.
 """
 
 import argparse
@@ -40,7 +40,7 @@ PARTS: dict[str, dict[str, list[str]]] = {
 FULL_SIZE = ["--model", "qwen2-vl-2b", "--image-sides", "16", "16", "--steps", "1", "--passes", "2"]
 REHEARSAL = ["--model", "small", "--image-sides", "2", "2", "--steps", "1", "--passes", "1"]
 FEWER = {"--batch-size": "2", "--chunk": "1", "--attention": "sdpa"}
-"""What a rehearsal has instead: a CPU does not train FlexAttention."""
+"""The values of a rehearsal; a CPU cannot train FlexAttention."""
 
 
 def rehearsed(case: list[str]) -> list[str]:
@@ -51,7 +51,7 @@ def rehearsed(case: list[str]) -> list[str]:
 def run(case: list[str], *, rehearse: bool) -> dict[str, object]:
     """Measure a case."""
     options = parse([*(REHEARSAL if rehearse else FULL_SIZE), *(rehearsed(case) if rehearse else case)])
-    options.most_rows = 4 if rehearse else None  # at that, a rehearsal stops growing
+    options.most_rows = 4 if rehearse else None  # where a rehearsal stops growing
     try:
         return {"sizes": measure_growing(options)} if options.grow else measure(options)
     except torch.OutOfMemoryError:

@@ -1,11 +1,11 @@
-"""What a busy neighbour costs a training step on the CPU, with different ways for OpenMP threads to wait.
+"""How much a busy neighbour slows down a training step on the CPU, for different ways of OpenMP threads to wait.
 
     python benchmarks/cpu_neighbours.py [--rounds 5] [--steps 4] [--settings torch_defaults ours] [--json]
 
-Contrastive steps (forward, backward and AdamW of the demo's backbone on 32 pairs) run in three situations: alone,
-beside a process that keeps one core busy, and beside a second torch process with torch's defaults. The settings take
-turns in each round and situation, each in a new process, so that other load on the machine falls on all of them. Times
-are medians over all steps. On a machine that is never quiet, the fastest step alone is the closest to a quiet one.
+Contrastive steps (forward, backward and AdamW of the demo's backbone on 32 pairs) run in three situations: alone, with
+a process that keeps one core busy, and with a second torch process that has torch's defaults. The settings take turns
+in each round and situation, each in a new process, so that other load on the machine affects all of them. Times are
+medians over all steps. On a machine that is never quiet, the fastest step that ran alone is the closest to a quiet one.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Compare embedding a folder of images with SentenceTransformer.encode, and with the model alone.
+"""Compare embedding a folder of images with SentenceTransformer.encode and with the model alone.
 
     python benchmarks/encode.py /path/to/photos [--json]
     python benchmarks/encode.py /path/to/photos --model cocoa-qwen2vl --max-pixels 200704
     python benchmarks/encode.py /path/to/photos --size 2b --limit 1000
 
 The same files are embedded in three ways, in turns, in one process: by ``SentenceTransformer.encode`` of the paths, by
-``Encoder.stream_images`` of the paths, and by the model alone on prepared tensors that are on its device already. Each
+``Encoder.stream_images`` of the paths, and by the model alone on prepared tensors that are already on its device. Each
 way runs once unmeasured; rates are medians over ``--repeat`` turns. The embeddings of the first two are compared first.
 """
 
@@ -41,7 +41,7 @@ from shared.output import command_line, report
 SIZES = {"small": "small", "2b": "qwen2-vl-2b"}
 DRAWN_SCENES = 200
 LEAST_COSINE = 0.99
-"""Between the two embeddings of one file; the two ways decode JPEG files with different libraries."""
+"""The minimum cosine between the two embeddings of a file: the two ways decode JPEG with different libraries."""
 
 
 def parse() -> argparse.Namespace:
@@ -50,18 +50,18 @@ def parse() -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help="a SentenceTransformer folder; by default the demo's backbone")
     model.add_argument("--size", choices=SIZES, help="a Qwen2-VL of this size with random weights")
-    parser.add_argument("--max-pixels", type=int, help="the processor's limit, instead of that of the model")
+    parser.add_argument("--max-pixels", type=int, help="the processor's limit, instead of the model's")
     parser.add_argument("--device", help="the torch device; by default the fastest")
-    parser.add_argument("--limit", type=int, help="the most files to use")
+    parser.add_argument("--limit", type=int, help="the maximum number of files to use")
     parser.add_argument("--repeat", type=int, default=3, help="measured turns")
-    parser.add_argument("--batch-size", type=int, default=32, help="of all three ways")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="of the stream")
-    parser.add_argument("--workers", type=int, help="of the stream; by default as the cores allow")
+    parser.add_argument("--batch-size", type=int, default=32, help="batch size of all three ways")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="maximum tokens of a batch of the stream")
+    parser.add_argument("--workers", type=int, help="workers of the stream; by default as many as the cores allow")
     return parser.parse_args()
 
 
 def random_backbone(name: str, device: torch.device) -> Backbone:
-    """Return a model with random weights whose config has the token ids of the demo's tokenizer."""
+    """Return a model with random weights, whose config has the token ids of the demo's tokenizer."""
     config = model_config(SIZES[name])
     processor = stand_in_processor(config)
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def find_files(options: argparse.Namespace, drawn: Path) -> list[str]:
 
 
 def prepared(model: SentenceTransformer, files: list[str], options: argparse.Namespace) -> list[Features]:
-    """Return the inputs of the model alone, on its device, in the batches that a stream makes of all files."""
+    """Return the inputs of the model alone, on its device, in the batches that a stream would make of all files."""
     document_model, count_tokens = DocumentModel(model, ProcessorLock()), token_counter(model)
     images = [load_image(file) for file in files]
     costs = [ImageCost(count_tokens(*image.size), *image.size) for image in images]
@@ -109,7 +109,7 @@ def prepared(model: SentenceTransformer, files: list[str], options: argparse.Nam
 
 
 def least_cosine(encoded: np.ndarray, streamed: np.ndarray) -> float:
-    """Return the least cosine between the two embeddings of a file."""
+    """Return the smallest cosine between the two embeddings of a file."""
     lengths = np.linalg.norm(encoded, axis=1) * np.linalg.norm(streamed, axis=1)
     least = float(((encoded * streamed).sum(axis=1) / lengths).min())
     if least < LEAST_COSINE:

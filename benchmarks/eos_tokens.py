@@ -1,16 +1,17 @@
-"""What several ``<EOS>`` find that one does not: scenes of two to six objects, captions about one of them.
+"""What several ``<EOS>`` find that one does not, on scenes of two to six objects with captions about one of them.
 
     python benchmarks/eos_tokens.py                                  # K = 1, 2, 4, 8; three seeds; two hours of a core
     python benchmarks/eos_tokens.py --k 1 4 --seeds 1 --steps 2 4 2  # only to see that it works
 
-All stages of CoCoA from the package's captioner, at the settings of the recipe ``tiny``: a warm-up for each seed, then
-for each K a bridge and a contrastive stage with ``eos_tokens: K``. Texts of the first two stages name all objects of a
-scene ("small red star, large blue ring in picture"). Those of the contrastive stage, and the queries, are about one
-object ("a small red star in picture"): each object of a held-out scene is a query for its scene. Other scenes with such
-an object are no candidates of that query, so that one is right. Scores are the mean MaxSim of the first n vectors.
+All stages of CoCoA are trained from the package's captioner, with the settings of the recipe ``tiny``: a warm-up for
+each seed, then a bridge and a contrastive stage with ``eos_tokens: K`` for each K. Texts of the first two stages name
+all objects of a scene ("small red star, large blue ring in picture"). Those of the contrastive stage, and the queries,
+are about one object ("a small red star in picture"): each object of a held-out scene is a query for its scene. Other
+scenes with such an object are not candidates for that query, so that only one is right. Scores are the mean MaxSim of
+the first n vectors.
 
-The bytes of a point are those of its n vectors in float32, and of what an index stores: vector 1 for the search, and
-all n to rescore. The held-out scenes are the same for all seeds.
+The table gives the bytes of a point's n vectors in float32, and of what an index stores: vector 1 for the search, and
+all n for rescoring. The held-out scenes are the same for all seeds.
 
 Writes ``eos_tokens.json`` and ``eos_tokens.md`` to ``--out``. The same command resumes an interrupted run.
 """
@@ -53,7 +54,7 @@ BACKBONE = "scene-captioner"
 CELL, SIDE = IMAGE_SIZE // 2, 3
 CAPTION = "a {} in picture"
 WHOLE = ("{} in picture", ", "), ("picture; {}", "; ")
-"""The ways to name all objects of a scene, and what stands between two of them."""
+"""The ways to name all objects of a scene, each with the separator between two of them."""
 
 OBJECTS = range(2, 7)
 KINDS = [SceneObject(*each, "top left") for each in product(RADII, COLOURS, SHAPES)]
@@ -89,7 +90,7 @@ def scenes(generator: random.Random) -> Iterator[tuple[Image.Image, list[str]]]:
 
 
 def write_scenes(folder: Path, count: int, seed: str) -> list[list[str]]:
-    """Write an image folder, if it is not there, and return the captions about one object of each scene."""
+    """Write an image folder, if it is missing, and return each scene's captions about one object."""
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
         make_folder(folder)
@@ -105,7 +106,7 @@ def write_scenes(folder: Path, count: int, seed: str) -> list[list[str]]:
 
 
 def train(options: argparse.Namespace, seed: int, count: int) -> tuple[Path, dict[str, float]]:
-    """Train a model of ``count`` vectors, or what is left of it: its folder, and the seconds of its stages."""
+    """Train a model of ``count`` vectors, or resume it; return its folder, and the seconds of its stages."""
     training = options.out / "data" / f"seed-{seed}"
     captions = write_scenes(training, TRAINING, f"training {seed}")
     pairs = [
@@ -139,7 +140,7 @@ def embed(checkpoint: Path, count: int, items: Sequence[Item]) -> Tensor:
 
 
 def score(checkpoint: Path, count: int, folder: Path, captions: list[list[str]]) -> dict[str, list[list[float]]]:
-    """Return for each number of vectors, of each query, whether its scene is among the first 1, 5 and 10."""
+    """Return, for each number of vectors and each query, whether its scene is among the first 1, 5 and 10."""
     queries = sorted({text for of_scene in captions for text in of_scene})
     images = embed(checkpoint, count, [Item(images=(folder / f"{number:05d}.png",)) for number in range(len(captions))])
     texts, width = embed(checkpoint, count, [Item(text=text) for text in queries]), images.shape[1] // count
@@ -157,7 +158,7 @@ def score(checkpoint: Path, count: int, folder: Path, captions: list[list[str]])
 
 
 def outcome(options: argparse.Namespace, seed: int, count: int) -> dict[str, Any]:
-    """Return the hits of a model's queries, and the seconds of its stages; trained and scored once."""
+    """Return the hits of a model's queries, and the seconds of its stages; it is trained and scored only once."""
     file = options.out / f"seed-{seed}" / f"scores-k-{count}-{'-'.join(map(str, options.steps))}.json"
     if not file.is_file():
         folder = options.out / "data" / "held-out"
@@ -169,7 +170,7 @@ def outcome(options: argparse.Namespace, seed: int, count: int) -> dict[str, Any
 
 
 def results(options: argparse.Namespace, outcomes: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Return the means over seeds, with intervals over queries (of a scene together) and over seeds."""
+    """Return the means over seeds, with intervals over queries (grouped by scene) and over seeds."""
     captions = write_scenes(options.out / "data" / "held-out", HELD_OUT, "held-out")
     width = read_config(BACKBONE).get_text_config().hidden_size
     groups, points = np.repeat(np.arange(len(captions)), list(map(len, captions))), []
@@ -201,8 +202,8 @@ def table(document: dict[str, Any]) -> Table:
         rows.append([*map(str, sizes), *shown, *spread])
     header = ["K", "vectors used", "bytes", "bytes stored", *(f"recall@{k}" for k in RECALLS), "recall@1 over seeds"]
     note = (
-        f"{document['queries']} queries for {document['candidates']} scenes; others with such an object are left out."
-        " Intervals: 95 % bootstrap over scenes with their queries; over seeds, Student's t."
+        f"{document['queries']} queries for {document['candidates']} scenes; other scenes with the object of a query"
+        " are left out. Intervals: 95 % bootstrap over scenes with their queries; over seeds, Student's t."
     )
     return Table("Finding a scene by one of its objects", header, rows, [note])
 
@@ -211,8 +212,8 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of vectors [1 2 4 8]")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on [3]")
-    parser.add_argument("--steps", type=int, nargs=3, default=[300, 400, 800], help="of the stages [300 400 800]")
-    parser.add_argument("--out", type=Path, default=Path("cocoa-eos-tokens"), help="where data, weights, results go")
+    parser.add_argument("--steps", type=int, nargs=3, default=[300, 400, 800], help="steps of the stages [300 400 800]")
+    parser.add_argument("--out", type=Path, default=Path("cocoa-eos-tokens"), help="folder for data, weights, results")
     options = parser.parse_args()
     silence_libraries()
     outcomes: dict[int, list[dict[str, Any]]] = {count: [] for count in options.k}

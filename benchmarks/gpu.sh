@@ -3,9 +3,9 @@
 #
 #     benchmarks/gpu.sh FOLDER
 #
-# FOLDER gets a JSON file of each measurement and a log of each part, the most telling first, so that a run that is stopped
-# half-way is worth something. No part takes the time of another: each has its own limit. PYTHON names another interpreter
-# than python3. REHEARSE=1 runs every part on a CPU, at the smallest size, to see that it works.
+# FOLDER gets a JSON file of each measurement and a log of each part, the most informative first, so that a run that is
+# stopped half-way is still of use. Each part has its own time limit, so that none takes the time of another. PYTHON names
+# an interpreter other than python3. REHEARSE=1 runs every part on a CPU, at the smallest size, to see that it works.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -29,7 +29,7 @@ On ${card:-a CPU, as a rehearsal}, results in $out, at most:
   d contrastive step at 2B: the recipe, PEFT's DoRA, PEFT's LoRA, full fine-tuning      90 s
   e the plain step of each stage, at growing batches                                   100 s
   f embedding 512 photographs: ours, SentenceTransformer.encode, the model alone        75 s
-  g the utilisation of every step beside a bf16 matrix product of its own minute        10 s
+  g the utilisation of every step, by a bf16 matrix product timed right after it        10 s
 PLAN
 
 measure() { # NAME SECONDS COMMAND...: run a command for at most SECONDS; its output is NAME.json, its log NAME.log
@@ -43,7 +43,7 @@ measure() { # NAME SECONDS COMMAND...: run a command for at most SECONDS; its ou
     [ $status = 0 ] || failed=1
 }
 
-tests() { # what they print is a log, no measurement
+tests() { # their output is a log, not a measurement
     $python -m pytest -q -m gpu ${rehearse:+--collect-only} -p no:cacheprovider $(grep -rl --include="*.py" "mark.gpu" tests) >&2
 }
 
@@ -65,7 +65,7 @@ SCENES
         $cli eval pairs "$work/scenes/test" --model "$work/model" --json
 }
 
-encode() { # noise of several scales compresses about as a photograph does
+encode() { # noise at several scales compresses about as well as a photograph
     $python - "$work/photographs" "$1" <<'PHOTOGRAPHS' || return
 import sys
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""Compare indexing end to end with embedding alone, in each storage backend that needs no server.
+"""Compare end-to-end indexing with embedding alone, in each storage backend that needs no server.
 
     python benchmarks/index.py path/to/photos --model cocoa-qwen2vl [--json]
     python benchmarks/index.py               # the demo's images and model, after make demo
 
-Embedding alone sends the same files through the same model and stores nothing. The second run over an index finds all
-files unchanged. Every round measures each of them once, with new stores; rates are medians over the rounds.
+Embedding alone runs the same files through the same model and stores nothing. The second run over an index finds all
+files unchanged. Every round measures each of the three once, with new stores; rates are medians over the rounds.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""The memory and the time of an indexing run at growing numbers of images, without images and without a model.
+"""The memory and the time of indexing runs over growing numbers of images, without real images or a real model.
 
     python benchmarks/index_scale.py --images 100000 --store edge server [--json]
 
-A source yields records without files, in shards of 1000 as folders have them, and an encoder draws random vectors. What
-is between them and the store is the real run. ``edge`` is Qdrant Edge in a temporary folder, ``server`` a server of
-our own that keeps payloads in a process of its own. The first run stores every image, the second finds all unchanged.
-Memory is what the process has for itself (anonymous), above that at the start of the run: at a tenth of the images and
-at the end. ``ratio`` is the end's over the tenth's.
+A source yields records without files, in shards of 1000 as folders do, and an encoder draws random vectors. Everything
+between them and the store is the real code. ``edge`` is Qdrant Edge in a temporary folder, ``server`` a stand-in for
+Qdrant that keeps payloads in a separate process. The first run stores every image, the second finds all unchanged.
+Memory is the process's private (anonymous) memory above that at the start of the run: at a tenth of the images and at
+the end. ``ratio`` is the memory at the end over that at a tenth.
 """
 
 import contextlib
@@ -88,12 +88,12 @@ class RandomEncoder:
 
 
 def anonymous_bytes() -> int:
-    """Return the memory that the process has for itself."""
+    """Return the private memory of the process."""
     return process_bytes("smaps_rollup", "Anonymous:")
 
 
 def measure(store: Store, count: int, dimension: int, run: str) -> dict[str, float]:
-    """Return the figures of one run."""
+    """Return the measurements of one run."""
     start, began, done, tenth = anonymous_bytes(), time.perf_counter(), 0, 0
     encoder = cast("Encoder", RandomEncoder(dimension))
 
@@ -120,7 +120,7 @@ def measure(store: Store, count: int, dimension: int, run: str) -> dict[str, flo
 
 
 def compare(name: str, count: int, dimension: int) -> dict[str, dict[str, float]]:
-    """Return the figures of both runs into a store."""
+    """Return the measurements of both runs into a store."""
     with contextlib.ExitStack() as stack:
         if name == "server":
             store = open_store(url=stack.enter_context(points_server()), collection="images")

@@ -1,17 +1,17 @@
-"""What every recipe would cost on cards that are not here: each kernel's FLOPs and bytes, counted on fake tensors.
+"""Estimate what every recipe costs on cards that are not at hand: each kernel's FLOPs and bytes, on fake tensors.
 
     python benchmarks/roofline.py [RECIPE...] [--json]
     python benchmarks/roofline.py --variants
     python benchmarks/roofline.py --plain
 
-No GPU and no weights: the stages' own trainers, models and batches run without numbers (``train/plan/meter.py``), at
-the depths that tell what a layer costs. A kernel takes the longest of its launch, its bytes and its FLOPs. Trust the
-ratios; nothing is said of waiting for data, of the host or of other devices.
+It needs no GPU and no weights: the stages' own trainers, models and batches run on tensors without values
+(``train/plan/meter.py``), at the depths that show what a layer costs. A kernel takes as long as the slowest of its
+launch, its bytes and its FLOPs. Trust the ratios; waiting for data, the host or other devices is not estimated.
 
 A row has an image of 256 visual tokens with 64 tokens of text, and a text of 40 tokens. ``--variants`` measures one
-mini-batch of the contrastive stage of Qwen2-VL-2B with different adapters, ``--plain`` warm-up and bridge beside the
-plain way, with as many rows and with the most that each holds: the stock class with logits of all tokens and PEFT's
-adapter, without packed vision attention.
+mini-batch of the contrastive stage of Qwen2-VL-2B with different adapters. ``--plain`` compares warm-up and bridge with
+the plain implementation, at the same number of rows and at the most rows that each can hold: the stock class with
+logits of all tokens and PEFT's adapter, without packed vision attention.
 """
 
 import argparse
@@ -51,12 +51,12 @@ from steps.sides import PlainModel, peft_adapter
 
 GIB = 2**30
 WORD = "the "
-"""One token."""
+"""A text of one token."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a recipe runs: the card, how many of them, and the rows of its data."""
+    """Where a recipe runs, and on how much: the card, the number of cards, and the rows of its data."""
 
     card: str = "h100"
     devices: int = 8
@@ -107,12 +107,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("recipes", nargs="*", choices=[[], *SETTINGS], metavar="RECIPE", help="all by default")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override of the recipes")
     parser.add_argument("--variants", action="store_true", help="one mini-batch at 2B with different adapters instead")
-    parser.add_argument("--plain", action="store_true", help="warm-up and bridge at 2B beside the plain way instead")
+    parser.add_argument("--plain", action="store_true", help="warm-up and bridge at 2B against the plain way instead")
     return parser.parse_args()
 
 
 def open_backbone(recipe: Recipe) -> tuple[PreTrainedConfig, ProcessorMixin]:
-    """Return config and processor of a recipe's backbone, or stand-ins of its size."""
+    """Return the config and the processor of a recipe's backbone, or stand-ins of its size."""
     name = recipe.backbone.rpartition("/")[2].lower().removesuffix("-instruct")
     if name not in MODELS:
         return read_config(name), load_processor(name, max_length=recipe.max_length)
@@ -141,9 +141,9 @@ def step(
     where: Setting,
     sequences: int | None = None,
 ) -> dict[str, Any]:
-    """Return what a step of a stage costs one device, by mini-batch.
+    """Return what a step of a stage costs on one device, by mini-batch.
 
-    :param sequences: Of a mini-batch, instead of what fits.
+    :param sequences: The sequences of a mini-batch; by default as many as fit.
     """
     alike, card = stage.alike(row), CARDS[where.card]
     meter = StageMeter(stage, *backbone, alike, card)
@@ -194,7 +194,7 @@ def measure_variants() -> dict[str, Any]:
 
 
 class PlainMeter(StageMeter):
-    """A stage in the plain way, without checkpointing."""
+    """A stage in the plain implementation, without checkpointing."""
 
     def __init__(self, *args: Any) -> None:
         with patch.object(stage_trainer, "prepare_trainable", plain_adapter):

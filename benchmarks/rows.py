@@ -1,15 +1,15 @@
-"""Measure how long training takes to reach its first step on many rows, and the memory that the rows take.
+"""Measure how long training takes to reach its first step on many rows, and how much memory the rows take.
 
     python benchmarks/rows.py --rows 130000 [--stage warmup] [--processes 2] [--json]
     python benchmarks/rows.py --photos 1024 [--json]
 
 It writes rows in the layout of MMEB-train (20 subsets, a few thousand small images that all rows share), and starts a
-stage of the smallest backbone on them with an empty cache, with a warm one, and from a checkpoint at a late step. A
-start ends when the first batch reaches the model. Memory is what a process has for itself alone, above the same start
-with 2000 rows: the model, torch and the libraries are in both.
+stage of the smallest backbone on them: with an empty cache, with a warm one, and from a checkpoint at a late step. A
+start ends when the first batch reaches the model. Memory is the private memory of a process, above that of the same
+start with 2000 rows: the model, torch and the libraries are in both.
 
 With ``--photos`` it collates one batch of the contrastive stage, each row with a photograph of 12 megapixels, as a
-worker of the data loader does, and measures the peak of its memory above the start, and the time.
+worker of the data loader does, and measures the time, and the peak memory above that at the start.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="rows of a step; by default the paper's")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--late-step", type=int, default=1500, help="the step of the checkpoint to resume from")
-    parser.add_argument("--photos", type=int, help="measure a batch of so many photographs instead")
+    parser.add_argument("--photos", type=int, help="measure a batch of this many photographs instead")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.batch_size = options.batch_size or {"warmup": 128, "bridge": 64, "contrastive": 1024}[options.stage]
@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
 
 
 def write_layout(folder: Path, rows: int, images: int) -> None:
-    """Write the layout: image and text on either side, an instruction in every query, and texts that all differ."""
+    """Write the layout: an image with an instruction in every query, and texts that all differ."""
     generator = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     for number in range(images):
@@ -79,12 +79,12 @@ def write_layout(folder: Path, rows: int, images: int) -> None:
 
 
 def private_bytes() -> int:
-    """Return the memory that this process has for itself, without the pages of files that it maps."""
+    """Return the private memory of this process, without the pages of files that it maps."""
     return process_bytes("smaps_rollup", "Private_Dirty", "SwapPss")
 
 
 def start(out: Path, data: Path, began: float, saves: bool) -> None:
-    """Run the stage to its first batch, or with ``saves`` to its first checkpoint; print time and memory."""
+    """Run the stage to its first batch and print time and memory; with ``saves``, to its first checkpoint."""
     from cocoa_embed.train import Recipe, run
 
     train = CocoaTrainer.training_step
@@ -111,7 +111,7 @@ def start(out: Path, data: Path, began: float, saves: bool) -> None:
 
 
 def started(out: Path, data: Path, *, saves: bool = False) -> dict[str, float]:
-    """Start a run in processes of its own; return the slowest and the largest."""
+    """Start a run in separate processes; return the longest time and the largest memory."""
     several = ["-m", "torch.distributed.run", f"--nproc-per-node={OPTIONS.processes}"] if OPTIONS.processes > 1 else []
     options = ["--stage", OPTIONS.stage, "--batch-size", OPTIONS.batch_size, "--child", out, data, time.time(), saves]
     done = subprocess.run([sys.executable, *several, __file__, *map(str, options)], capture_output=True, text=True)
@@ -122,7 +122,7 @@ def started(out: Path, data: Path, *, saves: bool = False) -> dict[str, float]:
 
 
 def make_late(out: Path, step: int) -> None:
-    """Turn the checkpoint of the first step into one of a late step."""
+    """Turn the checkpoint of the first step into one at a late step."""
     folder = out / "checkpoints" / OPTIONS.stage
     late = (folder / "checkpoint-1").rename(folder / f"checkpoint-{step}")
     state = json.loads((late / "trainer_state.json").read_text())
@@ -154,7 +154,7 @@ def measure(work: Path) -> dict[str, Any]:
 
 
 def measure_photos(work: Path) -> dict[str, Any]:
-    """Collate photographs in a worker of a data loader, which hands the batch over."""
+    """Collate photographs in a worker of a data loader, which passes the batch on."""
     from torch.utils.data import DataLoader
 
     from cocoa_embed.data.rows import Item, Row
@@ -183,7 +183,7 @@ def measure_photos(work: Path) -> dict[str, Any]:
 
     def collate(numbers: list[int]) -> tuple[dict[str, Any], int, int]:
         start = process_bytes("status", "VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        Path("/proc/self/clear_refs").write_text("5")  # restarts the peak from here
         return collator([{"row": number} for number in numbers]), start, os.getpid()
 
     began = time.perf_counter()

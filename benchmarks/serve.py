@@ -1,12 +1,12 @@
-"""Search a running server from several clients at once, and compare it with the model alone.
+"""Search a running server from several clients at once, and compare its speed with that of the model alone.
 
     python benchmarks/serve.py [--json]
     python benchmarks/serve.py --model cocoa-qwen2vl --folder /path/to/photos --clients 16
 
-The images are indexed into a local folder, which ``cocoa-embed serve`` then serves in a process of its own. Each client
+The images are indexed into a local folder, which ``cocoa-embed serve`` then serves in a separate process. Each client
 has one connection and sends one search after the other: texts, and every fourth time an image. The model alone embeds
-the same queries in this process, before the server starts: one by one, and as many at once as there are clients.
-Processor time (of Linux) says more than the clock on a machine that does other things.
+the same queries in this process, before the server starts: one by one, and as many at once as there are clients. CPU
+time (on Linux) says more than wall-clock time on a machine that does other things.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="a SentenceTransformer folder; by default the demo's backbone")
     parser.add_argument("--folder", help="a folder of images; without it, scenes of the demo are drawn")
     parser.add_argument("--clients", type=int, default=16, help="connections at once")
-    parser.add_argument("--searches", type=int, default=50, help="of each client")
+    parser.add_argument("--searches", type=int, default=50, help="searches of each client")
     parser.add_argument("--device", help="the torch device; by default the fastest")
     return parser.parse_args()
 
@@ -58,7 +58,7 @@ def write_model(folder: Path) -> str:
 
 
 def make_queries(files: Sequence[str], count: int) -> list[tuple[str | None, str | None]]:
-    """Return texts and, every fourth, the name of an image file."""
+    """Return texts and, at every fourth place, the name of an image file."""
     choose = np.random.default_rng(0).choice
     return [
         (None, str(choose(files))) if number % 4 == 3 else (" ".join(choose(WORDS, 4)), None) for number in range(count)
@@ -67,7 +67,7 @@ def make_queries(files: Sequence[str], count: int) -> list[tuple[str | None, str
 
 @contextmanager
 def server(arguments: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """Run the server in a process of its own; yield its host, its port and the number of the process."""
+    """Run the server in a separate process; yield its host, its port and its process id."""
     command = [sys.executable, "-m", "cocoa_embed.cli", "serve", *arguments, "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -83,7 +83,7 @@ def server(arguments: Sequence[str]) -> Iterator[tuple[str, int, int]]:
 
 
 def cpu_seconds(process: int) -> float:
-    """Return the processor time that a process has taken."""
+    """Return the CPU time that a process has used."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -109,7 +109,7 @@ def to_body(query: tuple[str | None, str | None]) -> str:
 
 
 def alone(encoder: Encoder, inputs: Sequence[ModelInput], at_once: int) -> tuple[float, float]:
-    """Return the queries a second of the model without a server, and the seconds of processor time of one."""
+    """Return the queries per second of the model without a server, and the CPU seconds per query."""
     encoder.embed_queries(inputs[:at_once])
     started, cpu = time.perf_counter(), cpu_seconds(os.getpid())
     for start in range(0, len(inputs), at_once):
@@ -169,10 +169,10 @@ def show(result: dict[str, Any]) -> None:
     print(f"one client      p50 {result['one_client_p50_milliseconds']:.0f} ms")
     p50, p99 = result["p50_milliseconds"], result["p99_milliseconds"]
     print(f"{result['clients']} clients      p50 {p50:.0f} ms, p99 {p99:.0f} ms, {result['searches_per_second']:.0f}/s")
-    print(f"processor time  {result['cpu_milliseconds']:.1f} ms a search")
+    print(f"CPU time        {result['cpu_milliseconds']:.1f} ms per search")
     for name, ratio in result["ratio"].items():
         speed, cpu = result[f"model_alone_{name}_per_second"], result[f"model_alone_{name}_cpu_milliseconds"]
-        print(f"model alone     {speed:.0f}/s {name} (ratio {ratio:.2f}), {cpu:.1f} ms of processor time")
+        print(f"model alone     {speed:.0f}/s {name} (ratio {ratio:.2f}), {cpu:.1f} ms of CPU time per query")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python benchmarks/serve_vllm.py cocoa-qwen2vl [--json]
     python benchmarks/serve_vllm.py cocoa-qwen2vl --url http://localhost:8000
 
-The command ``vllm`` is started on a free port of this machine, unless ``--url`` names a server that runs already. It is
-sent texts, images, and images with a text, as queries and as documents, in the form of messages; the numbers of tokens
-and the cosines of the two embeddings of each are compared. Exit status 1: they differ, or there is no vLLM or GPU here.
+The command ``vllm`` is started on a free port of this machine, unless ``--url`` names a running server. It is sent
+texts, images, and images with a text, as queries and as documents, in the form of messages. For each, the two numbers
+of tokens are compared, and the cosine of the two embeddings is checked. Exit status 1: they differ, or there is no vLLM
+or no GPU here.
 """
 
 import argparse
@@ -32,15 +33,15 @@ from shared.measuring import best_device, machine
 from shared.output import command_line, report
 
 LEAST_COSINE = 0.99
-"""Both sides compute in bfloat16, with other kernels."""
+"""Both sides compute in bfloat16, but with different kernels."""
 
 
 def parse() -> argparse.Namespace:
     parser = command_line(__doc__)
     parser.add_argument("model", help="a folder that cocoa-embed export wrote")
-    parser.add_argument("--url", help="a vLLM server that serves it already")
-    parser.add_argument("--dtype", default="bfloat16", help="of both sides")
-    parser.add_argument("--patience", type=int, default=600, help="seconds that vLLM may take to start")
+    parser.add_argument("--url", help="a running vLLM server that serves it")
+    parser.add_argument("--dtype", default="bfloat16", help="the dtype of both sides")
+    parser.add_argument("--patience", type=int, default=600, help="the maximum seconds that vLLM may take to start")
     return parser.parse_args()
 
 
@@ -55,7 +56,7 @@ def inputs() -> list[tuple[str, dict[str, Any]]]:
 
 
 def messages(prompt: str, item: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return an input as the messages of vLLM's embeddings API: the prompt is the system's."""
+    """Return an input as messages of vLLM's embeddings API, with the prompt as the system message."""
     content: list[dict[str, Any]] = []
     if "image" in item:
         content.append({"type": "image_url", "image_url": {"url": data_uri(item["image"])}})

@@ -1,4 +1,4 @@
-"""Compare the storage backends that need no server, at growing numbers of points: write, open, search.
+"""Compare writing, opening and searching of the storage backends that need no server, at growing numbers of points.
 
     python benchmarks/stores.py --points 2000 20000 --dimension 64 [--json]
 

@@ -1,20 +1,20 @@
-"""Compare a training step of each stage with the plain implementation: time, peak memory, use of the device.
+"""Compare a training step of each stage with the plain implementation: time, peak memory, device utilisation.
 
     python benchmarks/train_step.py --model small --stage warmup [--json]
     python benchmarks/train_step.py --model qwen2-vl-2b --stage contrastive --batch-size 1024
     python benchmarks/train_step.py --model small --stage bridge --lengths
     python benchmarks/train_step.py --model small --stage warmup --side plain --grow
 
-Plain: ``labels=`` on the stock class, and so logits ``[B, L, V]``; a dense 4-D mask; batches of rows in their order,
-padded to the longest; in the contrastive stage the whole batch in one forward pass. Ours: the head at masked positions
-only, rows of similar length together; gradient-cached chunks of pairs sorted by length. Both have the same rows and the
-same random weights, and the losses of one common batch are compared first.
+Plain: ``labels=`` on the stock class, and so logits ``[B, L, V]``; a dense 4-D mask; batches of rows in the given
+order, padded to the longest; in the contrastive stage, the whole batch in one forward pass. Ours: the head at masked
+positions only; batches of rows of similar length; in the contrastive stage, gradient-cached chunks of pairs sorted by
+length. Both have the same rows and the same random weights, and the losses of a common batch are compared first.
 
-With ``--adapter`` both sides train an adapter of PEFT, which merges nothing. ``--side`` measures one side alone, and
-with ``--grow`` at twice the rows again and again, until memory does not suffice.
+With ``--adapter`` both sides train an adapter of PEFT, which is never merged. ``--side`` measures only one side; with
+``--grow``, the rows are doubled again and again until they no longer fit into memory.
 
-Each side runs in its own process, and so does its peak memory. The rows are passed through a few times, on CUDA once
-unmeasured; times are medians over these passes.
+Each side runs in its own process, so that peak memory is measured separately. There are several passes over the rows,
+on CUDA one more that is not measured; times are medians over the measured passes.
 """
 
 import argparse
@@ -43,16 +43,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="steps of a pass over the rows")
     parser.add_argument("--passes", type=int, default=2, help="measured passes")
     parser.add_argument("--chunk", type=int, default=8, help="items at once under the gradient cache")
-    parser.add_argument("--image-sides", type=int, nargs=2, help="visual tokens a side, least and most")
+    parser.add_argument("--image-sides", type=int, nargs=2, help="minimum and maximum visual tokens per side")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--adapter", choices=("lora", "dora"), help="train an adapter, not the weights")
-    parser.add_argument("--dropout", type=float, default=0.0, help="of the adapter")
-    parser.add_argument("--peft", action="store_true", help="the adapter as PEFT has it, on both sides")
-    parser.add_argument("--attention", default="sdpa", help="ours: sdpa or flex_attention")
+    parser.add_argument("--dropout", type=float, default=0.0, help="dropout of the adapter")
+    parser.add_argument("--peft", action="store_true", help="use PEFT's own adapter on both sides")
+    parser.add_argument("--attention", default="sdpa", help="the attention of ours: sdpa or flex_attention")
     parser.add_argument("--lengths", action="store_true", help="ours at 1, 2 and 4 times the rows, of one length")
     parser.add_argument("--side", choices=("ours", "plain"), help="measure one side, and print JSON")
     parser.add_argument("--grow", action="store_true", help="with --side: double the rows while they fit into memory")
-    parser.add_argument("--most-rows", type=int, help="with --grow: the most rows to try")
+    parser.add_argument("--most-rows", type=int, help="with --grow: the maximum number of rows to try")
     parser.add_argument("--same-length", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.batch_size = options.batch_size or (64 if options.stage == "contrastive" else 8)
@@ -61,7 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_side(side: str, *arguments: str) -> dict[str, Any]:
-    """Measure a side in its own process; running out of memory is a result too."""
+    """Measure a side in its own process; running out of memory is also a result."""
     command = [sys.executable, __file__, *sys.argv[1:], *arguments, "--side", side]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:

@@ -4,8 +4,9 @@ import os
 import sys
 
 SPIN_COUNT = "1000"
-"""Turns of a waiting loop, some 20 microseconds. That spans the gap between two operations of a model: without any
-spinning, a step of the demo takes 1.7 times as long on a quiet machine (``benchmarks/cpu_neighbours.py``)."""
+"""How often a waiting thread spins: for about 20 microseconds, which span the gap between two operations of a model.
+Without any spinning, a step of the demo takes 1.7 times as long on a quiet machine
+(``benchmarks/cpu_neighbours.py``)."""
 
 
 def available_cores() -> int:
@@ -17,9 +18,9 @@ def available_cores() -> int:
 
 
 def limit_spinning() -> None:
-    """Let OpenMP threads sleep soon while they wait for each other, unless the environment sets how they wait.
+    """Let OpenMP threads that wait for each other sleep soon, unless the environment sets how they wait.
 
-    By default torch's OpenMP (libgomp) spins for milliseconds. Beside other busy processes a spinning thread takes a
+    By default torch's OpenMP (libgomp) spins for milliseconds. If other processes are busy, a spinning thread takes a
     core from the thread that it waits for, and a training step takes several times as long. libgomp reads the setting
     when torch loads it, so this function does nothing in a process that has imported torch.
     """

@@ -14,15 +14,15 @@ Element = TypeVar("Element")
 
 
 class CocoaError(Exception):
-    """The user can mend what failed. The command line prints the message alone and exits with 1."""
+    """An error that the user can fix. The command line prints only the message and exits with status 1."""
 
     exit_status = 1
     is_raised_by_all = False
-    """Whether every process of a run raises it, so that the first one prints it for all."""
+    """Whether every process of a run raises it; then only the first process prints it."""
 
 
 class UsageError(CocoaError):
-    """A command or a recipe asks for something impossible. The command line exits with 2."""
+    """A command or a recipe asks for something impossible. The command line exits with status 2."""
 
     exit_status = 2
 
@@ -35,13 +35,13 @@ class SourceError(CocoaError):
     """A file, row or image of the user's cannot be used: ``source`` names it, ``reason`` says why."""
 
     def __init__(self, source: str, reason: str) -> None:
-        """Join both parts to the message."""
+        """Build the message from the source and the reason."""
         super().__init__(f"{source}: {reason}")
         self.source = source
         self.reason = reason
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """Pickle both parts, so that the error can cross processes."""
+        """Pickle the source and the reason, so that the error can be passed between processes."""
         return type(self), (self.source, self.reason)
 
 
@@ -71,7 +71,7 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def install_command(extra: str) -> str:
-    """Return the pip command that installs an extra of this project, from where the project itself was installed."""
+    """Return the pip command that installs an extra, from the source that the project was installed from."""
     try:
         origin = json.loads(distribution("cocoa-embed").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:
@@ -87,7 +87,7 @@ def install_command(extra: str) -> str:
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Return, in parentheses, the known name closest to an unknown one, and all that are known."""
+    """Return, in parentheses, the known name closest to an unknown one, and all known names."""
     by_lower_case = {each.lower(): each for each in known}
     closest = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
     guess = f"did you mean {by_lower_case[closest[0]]!r}? " if closest else ""

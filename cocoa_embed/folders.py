@@ -1,4 +1,4 @@
-"""The cache folder, output folders that overwrite nothing else, and files that are written atomically."""
+"""The cache folder, output folders that never replace other files, and atomic writes of files."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 from cocoa_embed.errors import CocoaError, UsageError
 
 DEFAULT_INDEX = "cocoa-index"
-"""The folder of the local index, where no other place is named."""
+"""The folder of the local index, if no other location is given."""
 
 RUN_MARKER = ".cocoa-run"
 """Marks the output folder of a training run, which holds its checkpoints."""
@@ -18,7 +18,7 @@ SCRATCH_SUFFIX = ".new"
 
 
 def cache_folder() -> Path:
-    """Return the folder of what is kept from run to run; it may not exist.
+    """Return the folder for files that are kept between runs; it may not exist.
 
     It is ``$COCOA_CACHE``, by default ``~/.cache/cocoa-embed``.
     """
@@ -40,7 +40,7 @@ def refuse_foreign_folder(folder: Path, *, marker: str) -> None:
 
 
 def refuse_to_overwrite(out: Path, inputs: Iterable[Path]) -> None:
-    """Check that an output folder, of which ``claim_folder`` leaves nothing, holds nothing that is read.
+    """Check that an output folder, which ``claim_folder`` empties, holds none of the inputs.
 
     :param inputs: Files and folders.
     :raises UsageError: If it does.
@@ -62,7 +62,7 @@ def refuse_checkpoint(out: Path) -> None:
 def claim_folder(folder: Path, *, marker: str) -> None:
     """Create ``folder``, empty but for its ``marker`` file; the output of an earlier run is removed.
 
-    The marker goes last, so that what a kill leaves is not taken for something else.
+    The marker is removed last, so that the remains of a killed run are still recognized.
 
     :raises CocoaError: If it is a file, a folder that holds something else, or cannot be written.
     """
@@ -82,7 +82,7 @@ def claim_folder(folder: Path, *, marker: str) -> None:
 def write_atomically(file: Path, text: str) -> None:
     """Replace a file's content so that readers, even after a kill, find either the old content or the new.
 
-    Several processes may write the same file: each writes its own scratch file beside it, which a kill leaves behind.
+    Several processes may write the same file: each writes its own scratch file next to it, which a kill leaves behind.
 
     :raises OSError: If it cannot be written.
     """

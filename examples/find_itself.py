@@ -1,10 +1,10 @@
-"""Search an index with each image of a folder and with altered copies of it: how often is the image itself first?
+"""Search an index with each image of a folder and with altered copies of it, and count how often it is the first hit.
 
     cocoa-embed index path/to/images --model cocoa-qwen2vl
     python examples/find_itself.py cocoa-qwen2vl path/to/images
 
 The first command writes ./cocoa-index, the second reads it. Files with the same content are one point of the index, and
-each of them counts as found when that point is the first hit.
+each of them counts as found if that point is the first hit.
 """
 
 import sys
@@ -49,13 +49,13 @@ ALTERATIONS: list[tuple[str, Callable[[Image.Image], Image.Image], bool]] = [
 def measure_margins(
     indexer: QdrantIndexer, paths: Sequence[Path], alter: Callable[[Image.Image], Image.Image], any_orientation: bool
 ) -> list[float | None]:
-    """Return, for each readable file that is the first hit, how far the next hit is behind; None for the others."""
+    """Return, for each readable file, by how much it leads the next hit if it is the first one; otherwise None."""
     margins = []
     for path in paths:
         try:
             hits = indexer.search(image=alter(load_image(path)), limit=2, any_orientation=any_orientation)
         except ImageError:
-            continue  # the index has left it out too
+            continue  # the index has left it out, too
         files = {Path(file).resolve() for file in hits[0].payload["paths"]} if hits else set()
         behind = hits[0].score - hits[1].score if len(hits) > 1 else 1.0
         margins.append(behind if path.resolve() in files else None)

@@ -5,7 +5,7 @@
 
 The folder holds images and a metadata.jsonl with file_name and text in each line. cocoa-embed is not needed: mteb loads
 the SentenceTransformer itself and applies its prompts for queries and documents. mteb cannot detect that a local model
-embeds images, so the example says so in a ModelMeta.
+embeds images, so this script says so in a ModelMeta.
 """
 
 import hashlib

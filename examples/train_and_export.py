@@ -3,7 +3,7 @@
     python examples/train_and_export.py path/to/images my-model [key.sub=value ...]
 
 The folder holds images and a metadata.jsonl with file_name and text in each line. The recipe is the demo's; further
-arguments change it (bridge.steps=500).
+arguments override its settings (bridge.steps=500).
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Embed on a Ray cluster: parts are read, embedded and written by actors, each with a model of its own."""
+"""Embed on a Ray cluster: parts are read, embedded and written by actors, each with its own model."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ MOST_BLOCKS = 4096
 class Embedder:
     """The work of an actor: it embeds parts and writes their files.
 
-    Embedding and writing are one step, so that the file of a part is whole or not there: Ray splits and repeats blocks
-    as it likes. A part that is embedded twice, because its actor ended, has the same file.
+    Embedding and writing are one step, so that the file of a part is complete or absent: Ray splits and repeats blocks
+    as it likes. A part that is embedded twice, because its actor ended, gives the same file.
     """
 
     def __init__(self, model: str, folder: EmbeddingFolder, options: Mapping[str, Any]) -> None:
@@ -50,10 +50,10 @@ def embed_on_ray(
     actors: int | None = None,
     embedder: type[Embedder] = Embedder,
 ) -> Iterator[EmbedSummary]:
-    """Embed what a ``plan`` has; yield what became of each part, in any order.
+    """Embed the parts of a ``plan``; yield a summary of each, in any order.
 
-    :param folder: One that all machines of the cluster reach, as they do the sources and the model.
-    :param options: Those of ``load_encoder``, with ``dimension``.
+    :param folder: A folder that all machines of the cluster can reach, like the sources and the model.
+    :param options: Options of ``load_encoder``, including ``dimension``.
     :param address: The address of a cluster; ``auto`` is the one on this machine. None starts Ray for this run alone.
     :param actors: How many actors embed; None takes one for each GPU, or for each core if there are none.
     :param embedder: The class of the actors.
@@ -65,7 +65,7 @@ def embed_on_ray(
         raise UsageError(f"--{min(fixed)} and --ray were given together; Ray chooses the device of each actor")
     every = list(planned)
     waiting = [{"part": pickle.dumps(each)} for each in every if isinstance(each, Part)]
-    if not waiting:  # no actor compares the model with that of the folder
+    if not waiting:  # then no actor compares the model with that of the folder
         folder.sign(signature_of(open_encoder(model, **given), folder.embed))
     yield from (each for each in every if isinstance(each, EmbedSummary))
     if not waiting:
@@ -85,8 +85,8 @@ def embed_on_ray(
         yield from (pickle.loads(row["summary"]) for row in embedded.iter_rows())
     except ray.exceptions.RayError as error:
         # Ray hands on an actor's error as the text of its traceback.
-        told = re.search(rf"^{CocoaError.__module__}\.\w+: (.*)", str(error), re.MULTILINE)
-        raise CocoaError(told[1] if told else f"Ray failed ({str(error).strip().splitlines()[-1]})") from error
+        message = re.search(rf"^{CocoaError.__module__}\.\w+: (.*)", str(error), re.MULTILINE)
+        raise CocoaError(message[1] if message else f"Ray failed ({str(error).strip().splitlines()[-1]})") from error
     finally:
         ray.shutdown()
 

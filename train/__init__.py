@@ -1,4 +1,4 @@
-"""Training: a recipe's stages, run in order. Importing it, and reading a recipe, imports no torch."""
+"""Train the stages of a recipe in order. Neither importing this package nor reading a recipe imports torch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -39,8 +39,8 @@ class Diagnosis:
     :param source: The origin of the rows.
     :param held_out_by: The stage that held the rows out of its training; None for rows of ``--data``.
     :param seen_by: The stages before it that were trained on the same data.
-    :param masked_tokens: Accuracy on masked tokens, by its names in the bridge's log; None without a language-model
-        head that predicts them from the state before, and for embeddings that are not those of ``<EOS>``.
+    :param masked_tokens: Accuracy on masked tokens, under the names of the bridge's log. None if the checkpoint has no
+        language-model head that predicts a token from the state before it, or if its embedding is not ``<EOS>``.
     :param geometry: The metrics of ``geometry``.
     """
 
@@ -62,10 +62,10 @@ def diagnose(
     :param rows: The most rows to measure on; by default all rows held out, or ``ROWS`` of ``data``.
     :param device: The torch device; None takes the fastest.
     :raises UsageError: If the device cannot be used, or ``rows`` is below two.
-    :raises CocoaError: If the folder is no checkpoint, its weights are broken, or there are fewer than two images.
+    :raises CocoaError: If the folder is not a checkpoint, its weights are broken, or there are fewer than two images.
     """
     if rows is not None and rows < 2:
-        raise UsageError(f"--rows is {rows}; two are needed, as images are exchanged.")
+        raise UsageError(f"--rows is {rows}; at least two are needed, because images are swapped between rows.")
     training = read_training(checkpoint)
     recipe = Recipe.parse(training["recipe"], source=str(checkpoint))
     last = training["stages"][-1]["stage"] if training["stages"] else None
@@ -76,7 +76,9 @@ def diagnose(
         chosen = pictured_rows(RowTable.of(read_image_folder(data, limit=rows or ROWS)), rows or ROWS, recipe.seed)
         held_out_by, seen_by, source = None, [], f"first rows of {printable(data)}"
         if not chosen:
-            raise CocoaError(f"{printable(data)} has one image; two are needed, as images are exchanged.")
+            raise CocoaError(
+                f"{printable(data)} has one image; at least two are needed, because images are swapped between rows."
+            )
     device = find_device(device)
     try:
         metrics = _measure(checkpoint, recipe, last, chosen, device)
@@ -94,14 +96,14 @@ def diagnose(
 
 
 def held_out_rows(checkpoint: Path) -> tuple[str, list[Row], list[str]]:
-    """Return the stage of a checkpoint's run that held rows out, the rows, and the stages trained on the same data.
+    """Return the stage of a checkpoint's run that held rows out, the rows, and earlier stages trained on the same data.
 
-    :raises CocoaError: If there are none, or the data are missing or have changed since.
+    :raises CocoaError: If no rows were held out, or the data are missing or have changed since.
     """
     run = run_of(checkpoint)
     if run is None:
         raise CocoaError(
-            f"{printable(checkpoint)} is in no training run, so no rows were held out; give --data FOLDER."
+            f"{printable(checkpoint)} does not belong to a training run, so no rows were held out; give --data FOLDER."
         )
     record = read_run(run)
     holding = {name: entry for name, entry in record["stages"].items() if entry.get("held_out", {}).get("rows")}

@@ -44,7 +44,7 @@ from cocoa_embed.train.stages.samples import stage_samples
 from cocoa_embed.train.stages.stage import Stage
 
 MERGED_ROWS = 16
-"""Rows of which the first with an image, and an unbroken one, checks the merge of an adapter."""
+"""Rows to try for the check of an adapter's merge, those with images first; the first unbroken one is used."""
 
 Inspect = Callable[[str, Trainer], None]
 
@@ -55,7 +55,7 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False, inspect: Inspect | N
     Every process that a launcher has started calls this; the first one checks, writes and prints. Without ``resume``,
     an earlier run in ``out`` is removed, once data, settings and backbone have proved usable.
 
-    :param resume: Go on with the interrupted run in ``out``; if there is none, begin.
+    :param resume: Continue the interrupted run in ``out``; if there is none, start a new one.
     :param inspect: Called with each stage's name and its trainer at the end of the stage, while the parts that are not
         saved (the pixel decoder) still exist.
     :returns: The stages' results; ``export_model`` takes the folder of the last one.
@@ -80,18 +80,18 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False, inspect: Inspect | N
 def _run_stage(
     stage: Stage[StageSettings], prepared: Prepared, before: list[StageResult], out: Path, inspect: Inspect | None
 ) -> StageResult:
-    """Train a stage, or what is left of it, and write its weights, its record and its samples."""
+    """Train a stage, or the steps that remain of it, and write its weights, its record and its samples."""
     name, recipe = stage.name, prepared.recipe
     checkpoints = out / CHECKPOINTS / name
     checkpoint = newest_complete(checkpoints)
     rows = prepared.rows[name].rows
     held_out, _ = stage.held_out(rows)
-    with taking_turns():  # the host has room for the weights of one process, until they are on its device
+    with taking_turns():  # the host may have room for the weights of one process only, until they are on its device
         backbone = load_weights(stage, str(before[-1].folder) if before else recipe.backbone)
         processor = backbone.processor
         context = stage_context(stage, prepared, backbone, checkpoints)
         trainer = stage.trainer(backbone, rows, context)
-        del backbone  # of which the trainer may not need the head
+        del backbone  # frees the head if the trainer does not use it
         trim_memory()
     choose_sizes(stage, trainer, rows)
     trainer.resume_clock(0.0 if checkpoint is None else float(read_complete(checkpoint)["seconds"]))
@@ -125,7 +125,7 @@ def _run_stage(
 def load_weights(stage: Stage[StageSettings], start: str) -> Backbone:
     """Load the backbone that a stage starts from, by folder or by name."""
     run, attention = stage.run, stage.attention()
-    set_seed(run.seed)  # a mask token that needs a wider embedding matrix is drawn
+    set_seed(run.seed)  # a new mask token may widen the embedding matrix, which draws random weights
     backbone = load_backbone(start, attn_implementation=attention, bidirectional=run.bidirectional, **run.limits)
     if start != run.backbone:  # an earlier stage may have scaled images further down
         backbone = replace(backbone, processor=load_processor(run.backbone, **run.limits))
@@ -137,7 +137,7 @@ def load_weights(stage: Stage[StageSettings], start: str) -> Backbone:
 def choose_sizes(stage: Stage[StageSettings], trainer: CocoaTrainer, rows: RowTable) -> None:
     """Choose a stage's ``auto`` settings by the memory of the devices; every process calls this before training.
 
-    On a CPU nothing is tried, nor with sharded weights, where activations are always recomputed.
+    Nothing is tried on a CPU or with sharded weights; with these, ``auto`` always recomputes activations.
     """
     recompute = stage.run.gradient_checkpointing
     if trainer.is_fsdp_enabled and recompute == "auto":

@@ -1,4 +1,4 @@
-"""A recipe: a whole run, read from YAML and overrides and validated, without torch."""
+"""A recipe describes a whole run: it is read from YAML and overrides, and validated, without torch."""
 
 import json
 import os
@@ -40,20 +40,20 @@ LOCAL_PREFIXES = (".", "/", "~")
 """A name that begins like this is a path, and not a name on the hub."""
 
 UNION_MEMBERS = frozenset({"bool", "constrained-int", "literal['auto']"})
-"""What pydantic adds to the name of a setting that takes ``auto``, too."""
+"""What pydantic adds to the location of a setting that also takes ``auto``."""
 
 OTHER_LENGTH = {"steps": ("epochs", "min_steps"), "epochs": ("steps",)}
-"""The keys of a stage's length, and those that an override of one replaces."""
+"""The keys that set the length of a stage, and the keys that an override of each one removes."""
 
 _OF_ONE_SOURCE = {"subsets", *SourceSettings.model_fields} - {"limit", "limit_order", "weight"}
-"""The keys that describe only their own source; the others say how rows are drawn from any."""
+"""The keys that describe one particular source; the others say how rows are drawn from any source."""
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Takes keys as they are written: YAML reads ``no`` as a truth value, and 2024-05-01 as a date."""
+    """Keeps keys as the strings that are written: YAML reads ``no`` as a truth value, and 2024-05-01 as a date."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merge what ``<<`` names into a mapping, and make its keys texts."""
+        """Merge what ``<<`` names into a mapping, and make its keys strings."""
         super().flatten_mapping(node)
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -61,15 +61,15 @@ class RecipeLoader(yaml.SafeLoader):
 
 
 def read_yaml(text: str) -> Any:  # noqa: ANN401
-    """Return the value of a YAML text, whose keys are texts.
+    """Parse YAML; the keys of its mappings are strings.
 
-    :raises yaml.YAMLError: If it is none.
+    :raises yaml.YAMLError: If the text is not valid YAML.
     """
     return yaml.load(text, RecipeLoader)
 
 
 class Recipe(RunSettings):
-    """A whole run: its settings, and those of its stages in their order; a stage left out is not run.
+    """A whole run: its settings, and those of its stages in order; a stage that is left out is not run.
 
     This is the registry of stages, one line each: the settings, and where the ``Stage`` is, which needs torch.
     """
@@ -81,14 +81,14 @@ class Recipe(RunSettings):
 
     @classmethod
     def registry(cls) -> dict[str, str]:
-        """Return where each known stage is, as ``module:Class``, by the stage's key, in their order."""
+        """Return the ``module:Class`` of each known stage by the stage's key, in the order of the stages."""
         return {
             key: place for key, field in cls.model_fields.items() for place in field.metadata if isinstance(place, str)
         }
 
     @property
     def stages(self) -> "dict[str, Stage[StageSettings]]":
-        """The stages that the recipe runs by their keys, in their order."""
+        """The stages that the recipe runs, by key, in order."""
         stages = {}
         for key, place in self.registry().items():
             if (settings := getattr(self, key)) is not None:
@@ -105,7 +105,7 @@ class Recipe(RunSettings):
 
         An ``mmeb`` source without ``subsets`` and ``config`` stands for its in-domain subsets, by their names.
 
-        :raises UsageError: If a source names nothing to read, or several things.
+        :raises UsageError: If a source gives none of ``SOURCE_KINDS``, or several.
         """
         sources = _sources(self.data_of(stage))
         for name, source in sources.items():
@@ -122,21 +122,21 @@ class Recipe(RunSettings):
     def load(cls, name_or_path: str | Path, overrides: list[str] | None = None, *, check_paths: bool = False) -> Self:
         """Read a recipe file, or a recipe of this package by name, and apply ``key.sub=value`` overrides.
 
-        :param check_paths: Check too that local files and folders exist.
+        :param check_paths: Also check that local files and folders exist.
         :raises UsageError: With one sentence for each fault: unknown keys with the closest known one, wrong values,
             missing files; or if there is no recipe of this name.
         """
         path = _find_recipe(str(name_or_path))
         try:
             values = read_yaml(path.read_text(encoding="utf-8"))
-            # Until here, what stands at several places by a YAML alias is one object.
+            # A YAML alias is the same object in several places; the copy makes it a separate one in each.
             values = json.loads(json.dumps(values, default=str))
         except OSError as error:
             raise UsageError(f"{path} cannot be read ({error.strerror})") from error
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or an alias of what it is in
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an alias inside its own value
             raise UsageError(f"{path} is not valid YAML: {one_line(error)}") from error
         if not isinstance(values, dict):
-            raise UsageError(f"{path} holds no recipe; expected keys such as {', '.join(cls.model_fields)}.")
+            raise UsageError(f"{path} is not a recipe; expected keys such as {', '.join(cls.model_fields)}.")
         for override in overrides or []:
             apply_override(cls, values, override)
         # A recipe of this package is not the user's file: its name says enough.
@@ -147,7 +147,7 @@ class Recipe(RunSettings):
     def parse(cls, values: dict[str, Any], *, source: str = "recipe", check_paths: bool = False) -> Self:
         """Validate ``values``.
 
-        :param check_paths: Check too that local files and folders exist.
+        :param check_paths: Also check that local files and folders exist.
         :raises UsageError: With one sentence for each fault.
         :raises CocoaError: If only files or folders are missing.
         """
@@ -237,7 +237,7 @@ def _find_recipe(name_or_path: str) -> Path:
 def apply_override(recipe: type[Settings], values: dict[str, Any], override: str) -> None:
     """Change the values of settings by an override ``key.sub=value``.
 
-    :raises UsageError: If it is none.
+    :raises UsageError: If the override is not of this form, or its value is not YAML.
     """
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -300,7 +300,7 @@ def describe_fault(recipe: type[Settings], fault: ErrorDetails) -> str:
 
 
 def _hint(recipe: type[Settings], location: list[str]) -> str:
-    """Return where an unknown key belongs: in other settings of the recipe that have it, or as the closest name."""
+    """Return a hint about an unknown key: the settings of the recipe that have it, or the closest known key."""
     *parents, last = location
     belongs = [f"{key}.{last}" for key in recipe.model_fields if last in _fields_at(recipe, [key])]
     if belongs and not parents:

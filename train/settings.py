@@ -1,4 +1,4 @@
-"""The settings that stages share, validated: no torch is imported and no file is read."""
+"""The settings that all stages share. Validating them imports no torch and reads no file."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 
 Auto: TypeAlias = Literal["auto"]
-"""Chosen by the memory of the device when a stage begins."""
+"""Chosen when a stage begins, to fit into the memory of the device."""
 
 Pooling: TypeAlias = Literal["eos", "mean"]
 OnBadRow: TypeAlias = Literal["stop", "skip"]
@@ -32,19 +32,19 @@ OnBadRow: TypeAlias = Literal["stop", "skip"]
 APath = TypeVar("APath", Path, str, None)
 
 MOST_AUTO_ROWS = 16
-"""Rows of a micro-batch that is chosen where nothing is tried: on a CPU, with sharded weights, and in plans."""
+"""The most rows of a micro-batch where ``auto`` tries nothing: on a CPU, with sharded weights, and in plans."""
 
 SOURCE_KINDS = ("folder", "file", "webdataset", "mmeb", "hub")
 """The keys of ``SourceSettings`` of which a source gives exactly one."""
 
 
 def expand_home(path: APath) -> APath:
-    """Return a path with the user's folder in the place of ``~``, as a shell gives it; other names stay."""
+    """Replace ``~`` at the start of a path with the user's home folder, as a shell does; other names do not change."""
     return path if path is None else type(path)(os.path.expanduser(path))
 
 
 class Settings(BaseModel):
-    """A part of a recipe. Unknown keys are refused, and values do not change."""
+    """A section of a recipe. Unknown keys are refused, and values cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -86,9 +86,10 @@ class SourceSettings(Settings):
     :param captions: For image folders: one row per image (its ``text``), or one per entry of its ``captions`` or of its
         ``questions``.
     :param paraphrases: For image folders: this many text-only rows per image, from one caption to another.
-    :param limit: Draw only so many entries (images of a folder, else rows), by the recipe's seed; all by default.
+    :param limit: Use only this many entries (images of a folder, otherwise rows), drawn by the recipe's seed; by
+        default all.
     :param limit_order: ``first`` takes the first entries instead.
-    :param weight: How often each row is drawn. The rows of a fraction are drawn by the recipe's seed.
+    :param weight: How often each row is repeated. The recipe's seed draws the rows that a fraction adds.
     """
 
     folder: Path | None = None
@@ -117,15 +118,15 @@ class SourceSettings(Settings):
 
     @model_serializer(mode="wrap")
     def _as_given(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what was not given: a default would hide the value of the settings around."""
+        """Leave out what was not given: a default would override the value of the enclosing settings."""
         return {key: value for key, value in serialise(self).items() if key in self.model_fields_set}
 
 
 class DataSettings(SourceSettings):
     """The rows of a stage: from one source, or from several named ``subsets``.
 
-    A stage inherits what it leaves out from the recipe's ``data``, and a subset from the settings around it. The
-    innermost settings that name a source decide on the source.
+    A stage inherits the keys that it leaves out from the recipe's ``data``, and a subset from the settings that
+    contain it. The innermost settings that name a source decide on the source.
 
     :param on_bad_row: ``stop`` ends the run at an unusable row; ``skip`` leaves out up to 1 % of a stage's rows and
         lists them in ``bad_rows.jsonl``.
@@ -139,11 +140,11 @@ class DataSettings(SourceSettings):
 
 
 class AdapterSettings(Settings):
-    """Low-rank matrices trained beside the frozen weights and merged into them at the end of the stage.
+    """Low-rank matrices that are trained while the weights are frozen, and merged into them at the end of the stage.
 
     The vision encoder is adapted too, unless ``freeze_vision`` is set.
 
-    :param dropout: Of the inputs of the low-rank matrices; those of the frozen weights are whole.
+    :param dropout: The dropout of the low-rank matrices' inputs; the frozen weights get theirs without dropout.
     """
 
     kind: Literal["lora", "dora"] = "dora"
@@ -163,8 +164,8 @@ class StageSettings(Settings):
     :param freeze_layers: Do not train this many of the language model's first layers. Not with an adapter.
     :param max_pixels: Larger images are scaled down to this; by default the recipe's ``max_pixels``.
     :param warmup_steps: Steps in which the learning rate rises.
-    :param schedule: Of the learning rate after ``warmup_steps``; ``warmup_stable_decay`` holds it and lets it fall to
-        zero over the last 30 % of the steps.
+    :param schedule: The learning rate after ``warmup_steps``; ``warmup_stable_decay`` holds it constant and then lets
+        it fall to zero over the last 30 % of the steps.
     :param save_steps: Steps between two checkpoints to resume from.
     :param save_minutes: The most minutes between two checkpoints; null saves by steps alone.
     :param snapshot_steps: Also save the weights after these steps, each in ``step-N`` of the stage's folder: to
@@ -192,11 +193,11 @@ class StageSettings(Settings):
     snapshot_steps: tuple[Positive, ...] = ()
 
     def sizes_at_once(self, rows: int) -> list[int]:
-        """Return how many of a device's ``rows`` of a step may make a micro-batch, the largest first."""
+        """Return the possible sizes of a micro-batch, largest first, if a device has ``rows`` rows of a step."""
         return [rows]
 
     def rows_at_once(self, rows: int) -> int:
-        """Return how many of a device's ``rows`` of a step make a micro-batch, where memory does not decide."""
+        """Return the size of a micro-batch where memory does not decide, if a device has ``rows`` rows of a step."""
         sizes = self.sizes_at_once(rows)
         return next((size for size in sizes if size <= MOST_AUTO_ROWS), sizes[-1])
 
@@ -205,7 +206,7 @@ class StageSettings(Settings):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
         if self.min_steps is not None and self.epochs is None:
-            raise ValueError("min_steps belongs to epochs; leave it out beside steps")
+            raise ValueError("min_steps goes with epochs; leave it out when steps is given")
         if self.snapshot_steps and self.adapter is not None:
             raise ValueError("snapshot_steps and adapter exclude each other; remove one of them")
         if self.freeze_layers and self.adapter is not None:
@@ -216,7 +217,7 @@ class StageSettings(Settings):
 class ReconstructionSettings(StageSettings):
     """The settings of a stage that reconstructs masked parts of its rows.
 
-    :param mini_batch_size: Rows that a device runs at once; all of its part of the batch by default. Lower it when
+    :param mini_batch_size: Rows that a device runs at once; by default its whole part of the batch. Lower it when
         memory runs out: it does not change what is learned. ``auto``: as many as fit into the device's memory.
     :param group_by_length: Put rows of similar length into one batch, so that there is little padding.
     """
@@ -225,14 +226,14 @@ class ReconstructionSettings(StageSettings):
     group_by_length: bool = True
 
     def sizes_at_once(self, rows: int) -> list[int]:
-        """Return how many of a device's ``rows`` of a step may make a micro-batch, the largest first."""
+        """Return the possible sizes of a micro-batch, largest first, if a device has ``rows`` rows of a step."""
         if self.mini_batch_size == "auto":
             return [size for size in range(rows, 0, -1) if rows % size == 0]
         return [min(self.mini_batch_size or rows, rows)]
 
 
 class PromptSettings(Settings):
-    """Instructions before the text of queries and of documents."""
+    """The instructions that precede the text of queries and of documents."""
 
     query: str = ""
     document: str = ""
@@ -248,26 +249,26 @@ class RunSettings(Settings):
     :param backbone: A folder, the name of a backbone of this package, or a hub name.
     :param data: The rows of every stage, where the stage's own ``data`` does not say otherwise.
     :param mixed_precision: ``bf16`` runs forward and backward passes under bfloat16 autocast; trained weights stay
-        float32, and those frozen beside an adapter are bfloat16 until it is merged.
-    :param attn_implementation: ``flex_attention`` skips what the bridge mask hides, on CUDA; at short sequences sdpa is
-        as fast (docs/experiments.md, section 10).
+        float32, and weights that an adapter freezes are bfloat16 until it is merged.
+    :param attn_implementation: On CUDA, ``flex_attention`` skips what the bridge mask masks out; at short sequences
+        sdpa is as fast (docs/experiments.md, section 10).
     :param pooling: What an embedding is, before it is normalised: the last hidden state of ``<EOS>``, or the mean of
         those of all tokens.
-    :param eos_tokens: How many ``<EOS>`` end a sequence, each an embedding: the first n of them are one of n vectors,
-        compared by their mean MaxSim. More than one take ``pooling`` eos.
+    :param eos_tokens: How many ``<EOS>`` end a sequence. Each gives a vector, and the first n vectors are an embedding,
+        too; such embeddings are compared by their mean MaxSim. More than one need ``pooling`` eos.
     :param bidirectional: False leaves the language model causal in every stage, for comparison.
     :param gradient_checkpointing: Recompute activations in the backward pass instead of storing them. ``auto``: only if
         they do not fit into the device's memory; on a CPU, never.
-    :param vision_cache: A folder that keeps what a frozen vision encoder makes of each image, for later epochs, stages
-        and runs; several processes may share it.
-    :param vision_cache_gb: The most gigabytes in ``vision_cache``.
-    :param compile: Compile the model's layers, which takes the first steps a minute or more; where that fails,
-        they run as they are, with a warning.
+    :param vision_cache: A folder that keeps the features that a frozen vision encoder computes of each image, for
+        later epochs, stages and runs; several processes may share it.
+    :param vision_cache_gb: The maximum size of ``vision_cache`` in gigabytes.
+    :param compile: Compile the model's layers; the first steps then take a minute or more. If that fails, the layers
+        run uncompiled, with a warning.
     :param sharding: ``fsdp2`` shards weights, gradients and optimiser states over the devices, in stages that allow it.
     :param workers: Processes per device that read and preprocess rows; by default the free cores, at most 8, and none
         without an accelerator.
     :param report_to: Where log lines go, besides the run's own log.
-    :param max_length: The most tokens of a sequence.
+    :param max_length: The maximum number of tokens in a sequence.
     :param max_pixels: Larger images are scaled down to this; by default the backbone's own limit.
     """
 
@@ -304,10 +305,10 @@ class RunSettings(Settings):
     @classmethod
     def _refuse_several_means(cls, count: int, info: ValidationInfo) -> int:
         if count > 1 and (pooling := info.data.get("pooling")) != "eos":
-            raise ValueError(f"{count} vectors need pooling eos, not {pooling}: a mean is one")
+            raise ValueError(f"{count} vectors need pooling eos, not {pooling}: a mean is a single vector")
         return count
 
     @property
     def limits(self) -> dict[str, int | None]:
-        """Of a sequence, as ``load_processor`` and ``load_backbone`` take them."""
+        """The limits of a sequence, as keyword arguments of ``load_processor`` and ``load_backbone``."""
         return {"max_length": self.max_length, "max_pixels": self.max_pixels, "vectors": self.eos_tokens}

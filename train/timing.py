@@ -19,17 +19,17 @@ from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages.stage import Stage
 
 TIMED_STEPS = 3
-"""Steps that are timed, after one that is not."""
+"""Steps to time, after one step that is not timed."""
 
 
 class Stopwatch(TrainerCallback):
-    """Takes the time at the end of each step, when the device has finished it."""
+    """Records the time at the end of each step, once the device has finished it."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Wait for the device."""
+        """Wait for the device, and record the time."""
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         self.ends.append(time.perf_counter())
@@ -38,7 +38,7 @@ class Stopwatch(TrainerCallback):
 def seconds_per_step(prepared: Prepared) -> dict[str, float]:
     """Return the seconds of an optimisation step of each unfinished stage; every process of the run calls this.
 
-    The steps are those of the run, with its rows, batches and weights; what they learn is thrown away.
+    The steps are those of the run, with its rows, batches and weights; the trained weights are discarded.
 
     :raises CocoaError: If the weights cannot be loaded, or a step does not fit into memory.
     """

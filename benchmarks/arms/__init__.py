@@ -1,1 +1,1 @@
-"""The parts of the ablation (``benchmarks/ablation.py``)."""
+"""The modules of the ablation (``benchmarks/ablation.py``)."""

@@ -11,11 +11,11 @@ from dataclasses import replace
 from cocoa_embed.demo.scenes import BACKGROUNDS, COLOURS, PLACES, RADII, SHAPES, Scene, distinct_scenes, split_of
 
 FAMILY = 4
-"""Scenes of a family."""
+"""The number of scenes of a family."""
 
 
 def families(generator: random.Random) -> Iterator[Scene]:
-    """Yield held-out scenes, family after family, without end; none twice."""
+    """Yield distinct held-out scenes, family after family, endlessly."""
     seen: set[Scene] = set()
     for scene in distinct_scenes(generator, "held-out"):
         others = [other for other in variations(scene) if split_of(other) == "held-out" and other not in seen]

@@ -1,4 +1,4 @@
-"""The ablation's figure, from its results alone."""
+"""The ablation's figure, drawn from its results alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -58,7 +58,7 @@ def figure_svg(document: Document) -> str:
 
 
 def draw(document: Document) -> Figure:
-    """Draw the groups of arms in the results, two panels a row."""
+    """Draw the groups of arms in the results, two panels per row."""
     panels = _panels(document)
     rows = ceil(len(panels) / 2)
     figure = Figure(figsize=(11, 3.5 * rows + 0.5), layout="constrained")
@@ -104,7 +104,7 @@ def _arms(document: Document, group: str, name: str | None = None) -> list[Docum
 
 
 def _lengths_of(document: Document, pairs: int) -> list[Document]:
-    """Return the arms with all three stages, by the length of their bridges."""
+    """Return the arms with all three stages, in order of the bridge's length."""
     return [arm for arm in _arms(document, "length", ALL_THREE) if arm["pairs"] == pairs]
 
 
@@ -179,7 +179,7 @@ def _lengths(axes: Axes, document: Document, pairs: int) -> None:
 
 
 def _losses(axes: Axes, document: Document, few: int, many: int) -> None:
-    """Draw recall over the final loss of the bridge, a dot for each seed and length."""
+    """Draw recall over the final loss of the bridge, one dot per seed and length."""
     for pairs, colour in ((few, FEW), (many, MANY)):
         arms = _lengths_of(document, pairs)
         losses = [loss for arm in arms for loss in bridge_values(arm, "loss")]

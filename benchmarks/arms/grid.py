@@ -1,4 +1,4 @@
-"""The arms of the ablation, each a chain of stages; a stage of several arms is trained once."""
+"""The arms of the ablation, each a chain of stages; a stage that several arms share is trained once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from typing import Literal
 Group = Literal["stages", "variants", "mask ratio", "pairs", "length", "photographs", "settings"]
 
 FRACTIONS = (0.1, 0.3, 1.0)
-"""Of the pairs, to train the contrastive stage on."""
+"""The fractions of the pairs that the contrastive stage is trained on."""
 
 MASK_RATIOS = (0.3, 0.5, 0.7, 0.9)
 
 LENGTHS = (0.125, 0.25, 0.5, 1.0)
-"""Parts of the bridge's steps after which a contrastive stage is tried."""
+"""The fractions of the bridge's steps after which a contrastive stage is tried."""
 
 ALONE, EQUAL, ALL_THREE = "contrastive only", "contrastive only, compute of all three", "all three"
 ALONE_CAUSAL = "contrastive only, causal"
@@ -30,22 +30,23 @@ MOCA_SETTINGS = (
     "moca.schedule=constant_with_warmup",
     "moca.group_by_length=false",
 )
-"""Overrides of the stage that replaces warm-up and bridge, for a recipe of the package that trains a small backbone."""
+"""Overrides of the stage that replaces warm-up and bridge, for the package's recipes of small backbones."""
 
 CAPTIONS_AS_PAIRS = "contrastive only, compute of all three, every captioned image a pair"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much data is drawn, and how long is trained.
+    """How much data is drawn, and how long the stages are trained.
 
-    :param training: Captioned images that the bridge is trained on; the warm-up also sees the probe's.
-    :param held_out: Images, and as many captions, that retrieval is measured on.
-    :param pairs: Contrastive pairs where all of them are used, taken from the captioned images.
-    :param variant_part: The part of the bridge's steps after which variants are compared, one of ``LENGTHS``.
-    :param equal_fractions: The fractions of the pairs that contrastive learning alone gets all the compute with.
-    :param probe_rows: More images, held out of the bridge to measure how much of an image ``<EOS>`` carries; they
-        are no contrastive pairs.
+    :param training: Captioned images that the bridge is trained on; the warm-up also sees those of the probe.
+    :param held_out: Scenes that retrieval is measured on, with one caption each; all images of the user's own folder.
+    :param pairs: Contrastive pairs at fraction 1, taken from the captioned images.
+    :param variant_part: The fraction of the bridge's steps after which variants are compared, one of ``LENGTHS``.
+    :param equal_fractions: The fractions of the pairs for which contrastive learning alone also gets the compute of
+        all three stages.
+    :param probe_rows: Further images, held out of the bridge to measure how much of an image ``<EOS>`` carries; they
+        are not used as contrastive pairs.
     :param captions_as_pairs: Also train contrastive learning alone on every captioned image, in every wording.
     """
 
@@ -62,17 +63,17 @@ class Sizes:
 
     @property
     def snapshots(self) -> dict[float, int]:
-        """The bridge's steps after which its weights are saved, by the part of the bridge that they are."""
+        """The bridge's steps after which its weights are saved, by their fraction of the bridge."""
         return {part: round(self.bridge_steps * part) for part in LENGTHS}
 
 
 @dataclass(frozen=True)
 class StageRun:
-    """One stage, from the backbone or from the weights of another stage.
+    """One stage, which starts from the backbone or from the weights of another stage.
 
     :param settings: Overrides of the base recipe.
-    :param at_step: Start from the weights that ``start`` had after that step; None for its end.
-    :param varied: The one of the settings that is compared with others.
+    :param at_step: The step of ``start`` whose weights the stage starts from; None for its end.
+    :param varied: The setting whose values are compared.
     """
 
     stage: str
@@ -84,7 +85,7 @@ class StageRun:
 
     @property
     def chain(self) -> "list[tuple[StageRun, int]]":
-        """The stages from the backbone to this one, and how many steps of each are part of it."""
+        """The stages from the backbone to this one, and how many steps of each the chain includes."""
         if self.start is None:
             return [(self, self.steps)]
         *before, (last, steps) = self.start.chain
@@ -95,9 +96,9 @@ class StageRun:
 class Arm:
     """A model that is scored.
 
-    :param x: Its place on the axis of the group's figure: fraction of the pairs, mask ratio, part of the bridge.
-    :param at_step: Score the weights that the last stage had after that step; None for its end.
-    :param captions: The captions of an image, each of which makes a contrastive pair.
+    :param x: Its position on the axis of the group's figure: fraction of the pairs, mask ratio, fraction of the bridge.
+    :param at_step: The step of the last stage whose weights are scored; None for its end.
+    :param captions: The number of captions per image, each of which makes a contrastive pair.
     """
 
     group: Group
@@ -119,12 +120,13 @@ class Arm:
 class Grid:
     """All arms of one ablation.
 
-    :param flops_per_row: Of each stage, with MoCa's if it is compared; in the contrastive stage, of a pair.
-    :param batch_sizes: Of each stage.
-    :param mask_ratio: Of the bridge, where mask ratios are not compared.
+    :param flops_per_row: The FLOPs of a row of each stage, including MoCa's if it is compared; in the contrastive
+        stage, of a pair.
+    :param batch_sizes: The batch size of each stage.
+    :param mask_ratio: The mask ratio of the bridge where mask ratios are not compared.
     :param groups: The groups to run; None for all.
-    :param patterns: Of the ``label`` of arms to run, as of file names; none for all.
-    :param seconds_per_step: Of each stage, where they were timed.
+    :param patterns: Patterns, as for file names, of the ``label`` of the arms to run; none for all.
+    :param seconds_per_step: The seconds of a step of each stage, if they were timed.
     """
 
     sizes: Sizes
@@ -143,22 +145,22 @@ class Grid:
         return [arm for arm in arms if any(fnmatchcase(self.label(arm), pattern) for pattern in patterns)]
 
     def label(self, arm: Arm) -> str:
-        """Return an arm's name with its data."""
+        """Return an arm's name and its data."""
         return f"{arm.name}, {self.pairs(arm.fraction)} pairs"
 
     def _all(self) -> list[Arm]:
         return [*self._stages(), *self._variants(), *self._mask_ratios(), *self._pairs(), *self._lengths()]
 
     def pairs(self, fraction: float) -> int:
-        """Return how many pairs a fraction is."""
+        """Return the number of pairs at a fraction."""
         return round(self.sizes.pairs * fraction)
 
     def flops_per_step(self, stage: str, fraction: float, captions: float = 1, setting: str | None = None) -> float:
         """Return the FLOPs of a step.
 
-        The last contrastive batch of an epoch holds the remaining pairs, so a step has fewer than a batch on average.
+        The last contrastive batch of an epoch holds the remaining pairs, so on average a step has less than a batch.
 
-        :param setting: The setting that is varied, whose rows may cost more or less.
+        :param setting: The setting that is varied, with which rows may cost more or less.
         """
         rows: float = self.batch_sizes[stage]
         if stage == "contrastive":
@@ -167,7 +169,7 @@ class Grid:
         return rows * self.flops_per_row.get(str(setting), self.flops_per_row[stage])
 
     def flops(self, arm: Arm) -> float:
-        """Return the FLOPs of the training of an arm."""
+        """Return the FLOPs of training an arm."""
         return sum(
             steps * self.flops_per_step(run.stage, arm.fraction, arm.captions, run.varied) for run, steps in arm.chain
         )
@@ -188,7 +190,7 @@ class Grid:
 
     @property
     def has_moca(self) -> bool:
-        """Whether MoCa is compared, too."""
+        """Whether MoCa is also compared."""
         return MOCA in self.flops_per_row
 
     def moca(self) -> StageRun:
@@ -202,7 +204,7 @@ class Grid:
         return StageRun("bridge", self.sizes.bridge_steps, (f"bridge.snapshot_steps={steps}",), start)
 
     def variant(self, *settings: str, start: StageRun | None) -> StageRun:
-        """Return another stage 2, as long as variants are."""
+        """Return a variant of stage 2, with the number of steps of all variants."""
         return StageRun("bridge", self.sizes.snapshots[self.sizes.variant_part], settings, start)
 
     def contrastive(
@@ -213,7 +215,7 @@ class Grid:
         return StageRun("contrastive", steps or self.sizes.contrastive_steps, (limit, *settings), start, at_step)
 
     def all_three(self, fraction: float = 1.0, part: float = 1.0) -> StageRun:
-        """Return the whole chain, the contrastive stage from some part of the bridge."""
+        """Return the whole chain, with the contrastive stage starting after a fraction of the bridge."""
         bridge, step = self.bridge(self.warmup()), self.sizes.snapshots[part]
         return self.contrastive(bridge, fraction, at_step=None if step == bridge.steps else step)
 

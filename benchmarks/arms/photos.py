@@ -1,4 +1,4 @@
-"""The arms on captioned photographs: numbers of images, captions of each, and what may make the bridge pay."""
+"""The arms on captioned photographs: numbers of images and captions, and settings that may make the bridge pay."""
 
 from dataclasses import dataclass, replace
 
@@ -8,7 +8,7 @@ BRIDGE_ONLY = "bridge, contrastive"
 ONLY_PAIRS = "all three, on the pairs alone"
 NO_PAIRS = "warm-up, bridge"
 HALF = "all three, half of the bridge"
-"""With as many more contrastive steps as cost the same."""
+"""With additional contrastive steps that cost as much as the other half."""
 
 FIRST = (ALONE, EQUAL, ALL_THREE)
 """The arms that are trained before all others, with all data."""
@@ -29,17 +29,19 @@ SETTINGS = (
     "contrastive.reconstruction_weight=0.03",
     "contrastive.reconstruction_weight=0.3",
 )
-"""Of bridge or contrastive stage, each compared with all three stages at the same compute."""
+"""Settings of the bridge or the contrastive stage, each compared with all three stages at equal compute."""
 
 
 @dataclass(frozen=True)
 class PhotoSizes(Sizes):
-    """Sizes on the user's photographs, of which the probe's are contrastive pairs, too.
+    """Sizes on the user's photographs; those of the probe are also used as contrastive pairs.
 
-    :param images: Numbers of images to make contrastive pairs of, the most telling first; more than there are: all.
-    :param complete: Train every arm with every number of images and captions. Otherwise warm-up and bridge alone, and
-        other stages, are tried with the first, and all three on the pairs alone with all captions and fewer images.
-    :param captions: Captions of an image on average.
+    :param images: The numbers of images to make contrastive pairs of, the most informative first; a number larger than
+        the number of images stands for all.
+    :param complete: Train every arm with every number of images and captions. Otherwise, further arms (without a stage,
+        or with other stages) are trained only with the first number and all captions, and all three stages on the
+        pairs alone only with all captions and fewer images.
+    :param captions: The mean number of captions per image.
     """
 
     images: tuple[int, ...] = (1000, 100, 6000)
@@ -49,12 +51,12 @@ class PhotoSizes(Sizes):
 
 @dataclass(frozen=True)
 class PhotoGrid(Grid):
-    """The arms on photographs, data by data; contrastive learning alone is a snapshot of that with more compute."""
+    """The arms on photographs, for each choice of data; contrastive learning alone is a snapshot of its longer run."""
 
     sizes: PhotoSizes
 
     def label(self, arm: Arm) -> str:
-        """Return an arm's name with its data."""
+        """Return an arm's name and its data."""
         return f"{arm.name}, {self.pairs(arm.fraction)} images, {arm.captions:g} captions"
 
     def _all(self) -> list[Arm]:
@@ -104,14 +106,14 @@ class PhotoGrid(Grid):
         return replace(self.third(fraction, captions, snapshot, steps=steps), start=None)
 
     def _on_pairs(self, images: int, *, has_all: bool) -> StageRun:
-        """Return warm-up and bridge on the images, and captions, of the contrastive pairs alone."""
+        """Return warm-up and bridge on only the images and captions of the contrastive pairs."""
         one = () if has_all else ("data.captions=text",)
         warmup = self.warmup(f"warmup.data.limit={images}", *one)
         settings = (f"bridge.data.limit={images}", *one, *(() if has_all else ("bridge.data.paraphrases=0",)))
         return StageRun("bridge", self.sizes.bridge_steps, settings, warmup)
 
     def bridge(self, start: StageRun | None) -> StageRun:
-        """Return stage 2 with a snapshot after half of it."""
+        """Return stage 2 with a snapshot after half of its steps."""
         return StageRun("bridge", self.sizes.bridge_steps, (f"bridge.snapshot_steps=[{self._half}]",), start)
 
     @property
@@ -135,7 +137,7 @@ class PhotoGrid(Grid):
         return [Arm("settings", name, last, fraction, fraction, None, captions) for name, last in chains.items()]
 
     def _varied(self, setting: str, fraction: float) -> StageRun:
-        """Return the whole chain with another setting, and as many steps of its stage as cost the same."""
+        """Return the whole chain with another setting, and a number of steps of its stage that costs the same."""
         stage, captions = setting.partition(".")[0], self.sizes.captions
         usual, varied = (self.flops_per_step(stage, fraction, captions, each) for each in (None, setting))
         if stage == "contrastive":

@@ -1,4 +1,4 @@
-"""Train and score the arms of a grid: each stage once, in parallel processes; finished stages are reused."""
+"""Train and score the arms of a grid: each stage once, in parallel processes, reusing finished stages."""
 
 import contextlib
 import json
@@ -45,15 +45,15 @@ BRIDGE_METRICS = (
     "modality_gap",
     "effective_rank",
 )
-"""The last values of the bridge's log that are results."""
+"""The metrics of the bridge's log whose last values are part of the results."""
 
 
 @dataclass(frozen=True)
 class Job:
     """A stage of one seed.
 
-    :param before: The folder of the stage that it starts from.
-    :param scored: The steps whose weights are scored, None for the last.
+    :param before: The folder of the stage that this one starts from.
+    :param scored: The steps whose weights are scored; None stands for the last.
     """
 
     recipe: Recipe
@@ -66,12 +66,12 @@ class Job:
 
     @property
     def output_file(self) -> Path:
-        """Where progress and messages of the training go."""
+        """The file for progress and messages of the training."""
         return self.folder.with_name(f"{self.folder.name}.txt")
 
 
 def jobs_of(workspace: Workspace, arms: Sequence[Arm], seeds: Sequence[int]) -> dict[Path, Job]:
-    """Return each stage that the arms need, by its folder."""
+    """Return the stages that the arms need, by folder."""
     jobs: dict[Path, Job] = {}
     for seed in seeds:
         scored: dict[Path, set[int | None]] = {}
@@ -93,9 +93,9 @@ def jobs_of(workspace: Workspace, arms: Sequence[Arm], seeds: Sequence[int]) -> 
 
 
 def run_jobs(jobs: dict[Path, Job], processes: int, threads: int, publish: Callable[[], None] = lambda: None) -> None:
-    """Run the jobs in their order, each when the one that it starts from is done.
+    """Run the jobs in order, each once the one that it starts from is done.
 
-    :param threads: Of torch, in each process.
+    :param threads: The number of torch's threads in each process.
     :param publish: Called after each job.
     :raises CocoaError: If a job fails or the run is interrupted; finished jobs stay.
     """
@@ -118,7 +118,7 @@ def run_jobs(jobs: dict[Path, Job], processes: int, threads: int, publish: Calla
                     bar.update()
                     publish()
         except KeyboardInterrupt:
-            raise CocoaError("interrupted; finished stages stay, the same command continues from there") from None
+            raise CocoaError("interrupted; finished stages stay, and the same command continues from there") from None
         finally:
             pool.shutdown(wait=not running, cancel_futures=True)
 
@@ -128,7 +128,7 @@ def _refuse_failure(finished: Future[None], job: Job) -> None:
         finished.result()
     except BrokenProcessPool as error:
         raise CocoaError(
-            "a process was killed, most likely for lack of memory; lower --processes, finished stages stay"
+            "a process was killed, most likely for lack of memory; lower --processes (finished stages are kept)"
         ) from error
     except CocoaError as error:
         raise CocoaError(f"{job.folder.name}: {error} (its output is in {job.output_file})") from error
@@ -148,7 +148,7 @@ def prepare_process(parent: int, threads: int) -> None:
 
 
 def train_and_score(job: Job) -> None:
-    """Train a stage, or resume it, and score its weights; nothing is done twice."""
+    """Train a stage, or resume it, and score its weights, skipping what is already done."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with job.output_file.open("a") as output, contextlib.redirect_stderr(output):
         (result,) = run(job.recipe, job.folder, resume=True)
@@ -167,8 +167,8 @@ def scores_file(folder: Path, step: int | None) -> Path:
 def score(checkpoint: Path, held_out: Path, captions: CaptionChoice) -> dict[str, Any]:
     """Score a checkpoint on an image folder.
 
-    :returns: ``metrics``, by direction, and ``images``: of each image the ``SCORED`` from its captions (their mean) to
-        it and back, ``[images, 2, 4]``.
+    :returns: ``metrics`` by direction, and ``images``, ``[images, 2, 4]``: the ``SCORED`` of each image, from its
+        captions to it (their mean) and back.
     """
     both = directions(read_pairs(held_out, captions=captions))
     columns = [METRICS.index(name.replace("recall", "hit")) for name in SCORED]
@@ -183,7 +183,7 @@ def score(checkpoint: Path, held_out: Path, captions: CaptionChoice) -> dict[str
 def outcome(workspace: Workspace, arm: Arm, seed: int) -> dict[str, Any] | None:
     """Return the result of an arm: its metrics, its training time, and the metrics of its bridge; None if unfinished.
 
-    With the user's folders, also the scores of each ``images``: they are the same for all seeds.
+    With the user's folders, it also holds the scores of each of the ``images``, which are the same for all seeds.
     """
     scores = scores_file(workspace.folder(arm.last, seed), arm.at_step)
     if not scores.is_file():

@@ -16,7 +16,7 @@ LEVEL = 0.95
 RESAMPLES = 1000
 SCORED = ("recall@1", "recall@5", "recall@10", "mrr")
 COMPARED: dict[str, str] = dict.fromkeys(("photographs", "settings"), "recall@10")
-"""What differences are of, where it is not recall@1: small models find few of a thousand photographs at once."""
+"""The metric of differences, if not recall@1: small models find few of a thousand photographs at rank 1."""
 
 TITLES = {
     "stages": "The stages",
@@ -38,7 +38,7 @@ class Estimate(NamedTuple):
     half_width: float | None
 
     def text(self, sign: str = "") -> str:
-        """Format it."""
+        """Return the estimate as text, with a sign if ``sign`` is ``+``."""
         return f"{self.mean:{sign}.3f}" + ("" if self.half_width is None else f" ± {self.half_width:.3f}")
 
 
@@ -53,7 +53,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 def results_document(grid: Grid, outcomes: Sequence[Sequence[Mapping[str, Any] | None]]) -> dict[str, Any]:
     """Return the results of the arms: each seed's outcome, their mean, and paired differences to other arms.
 
-    :param outcomes: For each arm of the grid, one for each seed, None where it is unfinished.
+    :param outcomes: One outcome per seed for each arm of the grid; None if it is unfinished.
     """
     finished = ([each for each in seeds if each is not None] for seeds in outcomes)
     of_arm = {arm: found for arm, found in zip(grid.arms, finished, strict=True) if found}
@@ -137,7 +137,7 @@ def _table(document: Mapping[str, Any], group: str, title: str) -> Table:
         arms.sort(key=lambda arm: (-arm["captions"], arm["pairs"]))
         ways = [f"{way.replace('_', ' ').replace(' to ', ' → ')} {name}" for way, name in _columns(arms[0])]
         data, metrics, cells_of, notes = ["images", "captions", "seeds"], ways, _image_cells, IMAGE_NOTES
-    # A bridge that masks more has the harder task, so metrics of bridges with different ratios do not compare.
+    # A bridge that masks more has a harder task, so metrics of bridges with different ratios are not comparable.
     bridge = [] if group == "mask ratio" else BRIDGE_COLUMNS
     rows = []
     for arm in arms:
@@ -166,10 +166,10 @@ def _seed_cells(arm: Mapping[str, Any]) -> list[Score]:
 
 
 IMAGE_NOTES = [
-    "Every caption of the held-out images is a query, and an image is right for all of its captions; recall@k:"
-    f" whether one that is right is among the first k. Means over seeds, with {LEVEL:.0%} bootstrap intervals over"
-    " images, each with all its captions. Bold: the best of a column.",
-    "images, captions: of the contrastive pairs; the bridge's are all images and captions to train on, if not said"
+    "Every caption of the held-out images is a query, and an image is the right answer for all of its captions;"
+    f" recall@k: whether a right answer is among the first k. Means over seeds, with {LEVEL:.0%} bootstrap intervals"
+    " over images, each with all its captions. Bold: the best of a column.",
+    "images, captions: of the contrastive pairs; the bridge trains on all images and captions, unless stated"
     " otherwise. difference to ...: of recall@10, mean of both directions, with its interval over images, and ±"
     " over seeds (Student's t).",
 ]
@@ -195,8 +195,8 @@ def _bridge_cells(arm: Mapping[str, Any]) -> tuple[str, str]:
 
 def _notes(document: Mapping[str, Any], references: Sequence[str]) -> list[str]:
     seeds, others = len(document["seeds"]), document["processes"] - 1
-    beside = f" beside {others} other process{'es' * (others > 1)}" if others else ""
-    steps = f"steps: of the stages in their order. minutes: of training{beside}, probes included."
+    beside = f" with {others} other process{'es' * (others > 1)} running" if others else ""
+    steps = f"steps: of the stages in order. minutes: of training{beside}, probes included."
     steps += " Bold: the best of a column."
     if seeds == 1:
         notes = [f"recall@1: mean of both directions, of one seed. {steps}", "difference to ...: of recall@1."]

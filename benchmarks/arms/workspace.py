@@ -1,4 +1,4 @@
-"""The folder of an ablation: its data, and the recipe and the place of each stage."""
+"""The folder of an ablation: its data, and the recipe and the folder of each stage."""
 
 import hashlib
 import json
@@ -31,19 +31,19 @@ from cocoa_embed.train.timing import seconds_per_step
 MARKER = ".cocoa-ablation"
 DIGITS = 10
 MOCA_BASES = ("tiny", "photos")
-"""Recipes beside which MoCa is trained."""
+"""Recipes with which MoCa is compared."""
 
 VERSION = 1
 """Raise it when the code changes what a stage learns, so that older weights are not reused."""
 
 RESERVED = ("seed", "name", "backbone", "data.folder", "contrastive.data", "bridge.probe")
 RESERVED_IN_A_STAGE = (".steps", ".epochs", ".snapshot_steps", ".group_by_length")
-"""Settings of the ablation itself."""
+"""Settings that the ablation itself sets."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Image folders: of warm-up and bridge, of the contrastive pairs, and to measure on."""
+    """The image folders of warm-up and bridge, of the contrastive pairs, and of the measurement."""
 
     training: Path
     pairs: Path
@@ -70,11 +70,11 @@ class Workspace:
     """The folder of an ablation.
 
     :param base: The recipe of all stages, a name or a file.
-    :param settings: Overrides of it for all arms, as ``key.sub=value``.
+    :param settings: Overrides of this recipe for all arms, as ``key.sub=value``.
     :param folders: The user's image folders; None for drawn scenes, different ones for each seed.
-    :param backbone: What the first stage starts from; None for the recipe's.
-    :param alone_learning_rate: Of contrastive learning alone, for which the best rate may be another one; None for the
-        recipe's.
+    :param backbone: The backbone that the first stage starts from; None for the recipe's.
+    :param alone_learning_rate: The learning rate of contrastive learning alone, whose best rate may differ; None for
+        the recipe's.
     """
 
     work: Path
@@ -110,7 +110,7 @@ class Workspace:
             raise CocoaError(f"another ablation runs in {self.work}; wait for it or give --work") from error
 
     def data(self, seed: int) -> Data:
-        """Return the data of a seed; scenes are drawn when they are missing."""
+        """Return the data of a seed, drawing scenes if they are missing."""
         if self.folders is not None:
             return self._user_data(self.folders)
         folder = self.work / "data" / f"scenes-{self.sizes.training}-{self.sizes.held_out}-seed-{seed}"
@@ -154,7 +154,7 @@ class Workspace:
     def recipe(self, stage_run: StageRun, seed: int, *, backbone: str | None) -> Recipe:
         """Return the recipe of one stage alone.
 
-        :param backbone: The weights to start from; None for that of the recipe.
+        :param backbone: The weights to start from; None for the recipe's backbone.
         """
         data, stage = self.data(seed), stage_run.stage
         common = [
@@ -176,7 +176,7 @@ class Workspace:
 
     @property
     def has_moca(self) -> bool:
-        """Whether MoCa's settings fit: they are for a few recipes, and a mean is one vector."""
+        """Whether MoCa's settings apply: they are for a few recipes, and a mean is a single vector."""
         return self.base in MOCA_BASES and self.recipe(StageRun("warmup", 1), 0, backbone=None).eos_tokens == 1
 
     def grid(
@@ -185,8 +185,8 @@ class Workspace:
         """Return the arms to compare; a dry run measures what a row of each stage costs.
 
         :param groups: The groups of arms to run; None for all.
-        :param patterns: Of the labels of arms to run; none for all.
-        :param is_timed: Time a few steps of each stage, too.
+        :param patterns: Patterns of the labels of the arms to run; none for all.
+        :param is_timed: Also time a few steps of each stage.
         """
         is_photos = isinstance(self.sizes, PhotoSizes)
         names = [stage for stage in STAGES if stage != MOCA or self.has_moca]
@@ -215,7 +215,7 @@ class Workspace:
 
 @cache
 def _weights(backbone: str) -> list[str]:
-    """Return a digest of the weights in a folder that is no stage of an ablation; of a name, nothing."""
+    """Return a digest of the weights in a folder that is not a stage of the ablation; for a name, an empty list."""
     content = hashlib.sha256()
     for file in sorted(Path(backbone).glob("*.safetensors")):
         content.update(file.read_bytes())
@@ -223,7 +223,7 @@ def _weights(backbone: str) -> list[str]:
 
 
 def _learned(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe without the settings that do not change what is learned."""
+    """Return a recipe without the settings that do not affect what is learned."""
     return {
         key: _learned(value) if isinstance(value, dict) else value
         for key, value in recipe.items()

@@ -1,12 +1,12 @@
-"""What the resolution of images costs and gives: retrieval with one model, its images scaled to several sizes.
+"""What the resolution of images costs and gains: retrieval with one model and images scaled to several sizes.
 
     python benchmarks/photographs/resolution.py MODEL FOLDER [--sides 112 168 224] [--limit N] [--json]
 
 MODEL is an export or a checkpoint, FOLDER an image folder with captions (the image folders of ``cocoa-embed train``).
 For each side, ``max_pixels`` is its square. Scores in both directions are those of ``cocoa-embed eval pairs``, with
-95 % intervals: the table shows hit@k, the R@k of the literature, and the JSON recall@k too. An image's seconds are of
-all cores, for preparing a decoded image and embedding it in batches of ``--batch-size``: the least of three turns over
-the first ``--timed`` images. Its FLOPs are those of the matrix products.
+95 % intervals: the table shows hit@k, the R@k of the literature; the JSON also has recall@k. The seconds per image are
+summed over all cores, for preparing a decoded image and embedding it in batches of ``--batch-size``: the fastest of
+three turns over the first ``--timed`` images. The FLOPs per image are those of the matrix products.
 """
 
 import argparse
@@ -40,20 +40,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--sides", type=int, nargs="+", default=[112, 168, 224], help="sides of square images, in pixels"
     )
-    parser.add_argument("--limit", type=int, help="the most images, with all their captions")
-    parser.add_argument("--timed", type=int, default=64, help="the images whose embedding is timed")
-    parser.add_argument("--batch-size", type=int, default=16, help="of the timed images")
+    parser.add_argument("--limit", type=int, help="the maximum number of images, with all their captions")
+    parser.add_argument("--timed", type=int, default=64, help="the number of images whose embedding is timed")
+    parser.add_argument("--batch-size", type=int, default=16, help="batch size of the timed images")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
 
 
 def cost(encoder: Encoder, images: list[Image.Image], batch_size: int) -> dict[str, float]:
-    """Return what embedding an image takes on average."""
+    """Return the mean cost of embedding an image."""
     model: Any = encoder.model
     processor, family = model.processor, family_of_images(model.processor)
     inputs = [{"image": image} for image in images]
     seconds = []
-    for _ in range(1 + TURNS):  # the first one warms up
+    for _ in range(1 + TURNS):  # the first turn warms up
         started = time.process_time()
         encoder.embed_documents(inputs, batch_size)
         seconds.append(time.process_time() - started)

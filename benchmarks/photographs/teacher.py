@@ -17,14 +17,14 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 
 SIDE = 160
-"""Its words say more of a photograph at 160 than at 128 pixels, at 1.5 times the cost (docs/experiments.md)."""
+"""Its features say more about a photograph at 160 than at 128 pixels, at 1.5 times the cost (docs/experiments.md)."""
 
 GRID = 4
-"""Features of an image in each direction: one for each visual token of an image of 112 x 112."""
+"""The features of an image in each direction: one for each visual token of an image of 112 x 112."""
 
 
 class Teacher(nn.Module):
-    """EfficientNet-Lite0's last feature map, as a grid of one size."""
+    """EfficientNet-Lite0's last feature map, pooled to a grid of fixed size."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""Shared by several benchmarks."""
+"""Modules that several benchmarks share."""

@@ -1,8 +1,8 @@
-"""The sizes of the models that are benchmarked, so that nothing is downloaded.
+"""The sizes of the models that are benchmarked, so that nothing has to be downloaded.
 
 ``models.json`` has the published sizes of Qwen2-VL-2B, Qwen2.5-VL-3B and -7B and Qwen3-VL-2B: 2.21, 3.75, 8.29 and 2.13
-billion parameters. Values that change no speed (``rope_theta``) were not checked against the hub. ``small`` is a body
-that a CPU can train, with the vocabulary of Qwen2-VL.
+billion parameters. Values that do not affect speed (``rope_theta``) were not checked against the hub. ``small`` is a
+model that a CPU can train, with the vocabulary of Qwen2-VL.
 """
 
 import json
@@ -42,7 +42,7 @@ def model_config(name: str) -> PreTrainedConfig:
 
 
 def stand_in_processor(config: PreTrainedConfig, *, max_length: int = MAX_LENGTH) -> ProcessorMixin:
-    """Return a processor with the demo's tokenizer, whose token ids the config is given."""
+    """Return a processor with the demo's tokenizer, and set the config's token ids to those of that tokenizer."""
     processor = load_processor(TOKENIZER, max_length=max_length)
     if isinstance(family := family_of(config), Squares):
         return _squares(config, family, processor.tokenizer)
@@ -56,7 +56,7 @@ def stand_in_processor(config: PreTrainedConfig, *, max_length: int = MAX_LENGTH
 def untrained_model(
     folder: Path, backbone: Backbone | None = None, *, max_length: int = MAX_LENGTH
 ) -> SentenceTransformer:
-    """Return a backbone, by default the demo's, as an embedding model; it is written to ``folder``."""
+    """Write a backbone, by default the demo's, to ``folder``, and return it as an embedding model."""
     (backbone or load_backbone(TOKENIZER, max_length=max_length)).save(folder)
     return build_sentence_transformer(folder, prompts={"query": "", "document": ""})
 

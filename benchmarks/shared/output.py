@@ -1,4 +1,4 @@
-"""The command line and the output that all benchmarks have in common."""
+"""The command line and the output that all benchmarks share."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ def command_line(description: str | None) -> argparse.ArgumentParser:
 
 
 def report(result: dict[str, Any], show: Callable[[dict[str, Any]], None], *, as_json: bool) -> None:
-    """Print a result as one JSON document, or by ``show`` for people."""
+    """Print a result as one JSON document, or in readable form with ``show``."""
     if as_json:
         print(json.dumps(result, indent=2))
     else:

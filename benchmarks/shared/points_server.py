@@ -1,4 +1,4 @@
-"""A server on this machine that answers as Qdrant does to an indexing run, and keeps payloads but no vectors."""
+"""A local server that answers an indexing run as Qdrant does, and keeps payloads but no vectors."""
 
 import json
 import multiprocessing
@@ -86,7 +86,7 @@ def serve(ours: Connection) -> None:
 
 @contextmanager
 def points_server() -> Iterator[str]:
-    """Run the server in a process of its own; yield its address."""
+    """Run the server in a separate process; yield its address."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs,), daemon=True)

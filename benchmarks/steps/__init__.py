@@ -1,1 +1,1 @@
-"""The parts of ``benchmarks/train_step.py``."""
+"""The modules of ``benchmarks/train_step.py``."""

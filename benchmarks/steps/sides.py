@@ -1,4 +1,4 @@
-"""Both ways to do a training step, and the measurement of one."""
+"""The two implementations of a training step that are compared, and the measurement of one."""
 
 import argparse
 import time
@@ -42,14 +42,14 @@ Batch = dict[str, Tensor]
 
 
 def stock_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """Return the keywords of a stock model for a batch, without its mask."""
+    """Return the keyword arguments of a stock model for a batch, without its mask."""
     given = ("input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids")
     inputs = {name: batch[name] for name in given if name in batch}
     return {**inputs, "position_ids": with_host_inputs(model, batch)["position_ids"], "use_cache": False}
 
 
 class PlainModel(nn.Module):
-    """``labels=`` on the stock class under a dense mask; the warm-up has our pixel decoder."""
+    """``labels=`` on the stock class under a dense mask; the warm-up uses our pixel decoder."""
 
     def __init__(self, ours: WarmupModel | BridgeModel) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def build(
 
 
 def peft_adapter(model: PreTrainedModel, settings: AdapterSettings) -> None:
-    """Add an adapter as PEFT has it, on all projections."""
+    """Add PEFT's own adapter to all projections."""
     add_lora(model, settings, sorted(LANGUAGE_LINEARS | family_of(model.config).adapted))
 
 
@@ -132,7 +132,7 @@ def draw(options: argparse.Namespace) -> list[SyntheticRow]:
 
 
 def in_batches(rows: list[SyntheticRow], options: argparse.Namespace) -> list[list[SyntheticRow]]:
-    """Cut rows into batches. Ours sorts them by length first: all of them, in the contrastive stage within a batch."""
+    """Cut rows into batches. Ours sorts by length: all rows first, or in the contrastive stage within each batch."""
     size, is_sorted = options.batch_size, options.side == "ours"
     if is_sorted and options.stage != "contrastive":
         rows = sorted(rows, key=lambda row: row.length)
@@ -141,7 +141,7 @@ def in_batches(rows: list[SyntheticRow], options: argparse.Namespace) -> list[li
 
 
 def make_inputs(rows: list[SyntheticRow], config: PreTrainedConfig, stage: str, seed: int) -> list[Batch]:
-    """Return the batches of a step: one, or in the contrastive stage the anchors and a matching text for each."""
+    """Return the batches of a step: one, or in the contrastive stage two, the anchors and a text for each."""
     columns = [rows]
     if stage == "contrastive":
         columns.append([SyntheticRow(text=row.text, side=0) for row in rows])
@@ -155,16 +155,16 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def forget_memory() -> None:
-    """Free what is not in use any more, and measure the peak of what comes."""
+    """Free unused memory, and restart the measurement of the peak."""
     clear_device_cache(garbage_collection=True)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Measure one side: the loss of a batch that both sides have, then passes over all rows.
+    """Measure one side: the loss of a batch that both sides share, then passes over all rows.
 
-    Speeds are over the work that the rows need: no padding, no logit without a target, nothing computed twice.
+    Speeds count only the work that the rows need: no padding, no logit without a target, nothing computed twice.
     """
     device = best_device()
     config = model_config(options.model)

@@ -1,4 +1,4 @@
-"""Rows of random tokens and pixels, and the batches that each stage makes of them."""
+"""Rows of random tokens and pixels, and the batches that each stage would make of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from cocoa_embed.model.attention import Block
 from cocoa_embed.model.families.registry import family_of
 
 ORDINARY_TOKENS = 150_000
-"""Ids below this are no special tokens in Qwen's vocabularies."""
+"""Ids below this are not special tokens in Qwen's vocabularies."""
 
 MEDIAN_TEXT, SPREAD, SHORTEST, LONGEST = 48, 0.8, 8, 384
 IMAGE_FRACTION = 0.75
@@ -21,19 +21,19 @@ TEXT_MASK_RATIO, IMAGE_MASK_RATIO, BRIDGE_MASK_RATIO = 0.2, 0.5, 0.7
 
 @dataclass(frozen=True)
 class SyntheticRow:
-    """A text of ``text`` tokens after a square image of ``side`` visual tokens a side; 0 for none."""
+    """A text of ``text`` tokens after a square image with ``side`` visual tokens per side; 0 for no image."""
 
     text: int
     side: int
 
     @property
     def length(self) -> int:
-        """Tokens with ``<EOS>``."""
+        """The number of tokens, including ``<EOS>``."""
         return self.side**2 + self.text + 1
 
 
 def draw_rows(count: int, *, sides: tuple[int, int], seed: int) -> list[SyntheticRow]:
-    """Draw rows with log-normal text lengths, three in four with an image of any size within ``sides``."""
+    """Draw rows with log-normal text lengths, three in four with an image whose side is drawn from ``sides``."""
     generator = torch.Generator().manual_seed(seed)
     texts = (MEDIAN_TEXT * (SPREAD * torch.randn(count, generator=generator)).exp()).clamp(SHORTEST, LONGEST).int()
     drawn = torch.randint(sides[0], sides[1] + 1, (count,), generator=generator)
@@ -42,7 +42,7 @@ def draw_rows(count: int, *, sides: tuple[int, int], seed: int) -> list[Syntheti
 
 
 def make_batch(rows: Sequence[SyntheticRow], config: PreTrainedConfig, stage: str, *, seed: int) -> dict[str, Tensor]:
-    """Return a right-padded batch as the stage's collator does: ``<EOS>`` at the end, in the bridge before block B."""
+    """Return a right-padded batch like the stage's collator: ``<EOS>`` at the end, in the bridge before block B."""
     generator = torch.Generator().manual_seed(seed)
     geometry = family_of(config).geometry
     ids, blocks = zip(*(_tokens(row, config.image_token_id, stage, generator) for row in rows), strict=True)

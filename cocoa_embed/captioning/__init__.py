@@ -1,1 +1,1 @@
-"""Writes captions and question-answer pairs of images: with a causal vision-language model, or by an endpoint."""
+"""Write captions and question-answer pairs for images, with a causal vision-language model or an endpoint."""

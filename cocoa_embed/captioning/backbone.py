@@ -1,4 +1,4 @@
-"""Texts of a causal vision-language backbone, in batches."""
+"""Write texts with a causal vision-language backbone, in batches."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -18,21 +18,21 @@ from cocoa_embed.model.template import render
 class BackboneWriter:
     """Writes with a backbone's ``generate``; the weights are loaded for the first image.
 
-    A backbone whose chat template opens no turn for an answer, such as ``scene-captioner``, follows no prompts: it says
-    what it says of an image, and further wordings are drawn.
+    A backbone whose chat template opens no turn for an answer, such as ``scene-captioner``, follows no prompts: it
+    answers whatever it says about an image, and further wordings are sampled.
     """
 
     threads = 1
 
     def __init__(self, name: str, prompts: Prompts, max_pixels: int, batch_size: int, device: str | None) -> None:
-        """Read config and processor.
+        """Read the config and the processor.
 
         :raises CocoaError: If there is no such backbone.
         :raises UsageError: If its family is not supported, it is bidirectional, or ``max_pixels`` are too few.
         """
         if read_config(name).get_text_config().to_dict().get("is_causal") is False:
-            raise UsageError(f"{name} is bidirectional: training has made it an embedder, which writes no text; give "
-                             "the backbone that its training began with.")  # fmt: skip
+            raise UsageError(f"{name} is bidirectional: training has made it an embedding model, which writes no text; "
+                             "give the backbone that its training began with.")  # fmt: skip
         self._processor: Any = read_processor(name)
         self._family = family_of_images(self._processor)
         limit_images(self._processor, min(max_pixels, self._family.most_pixels(self._processor)))
@@ -42,12 +42,12 @@ class BackboneWriter:
         self._prompts, self._device = prompts, device or get_device_name()
 
     def tokens(self, width: int, height: int, prompt: str) -> int:
-        """Return how many tokens a request takes, by the processor."""
+        """Return how many tokens a request takes, as the processor counts them."""
         count = self._family.visual_tokens(self._processor, width, height)
         return len(self._processor.tokenizer(self._family.markers.expanded(self._render(prompt), [count]))["input_ids"])
 
     def write(self, images: Sequence[Image.Image], requests: Sequence[Sequence[Request]]) -> list[list[Answer]]:
-        """Return the answers to the requests about each image, computed one request of all images after the other."""
+        """Return the answers to the requests about each image; each request is answered for all images at once."""
         answers = [self._generate(images, of_all, seed) for seed, of_all in enumerate(zip(*requests, strict=True))]
         return [list(of_image) for of_image in zip(*answers, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Texts of an OpenAI-compatible endpoint: chat completions about images that are sent along."""
+"""Write texts with an OpenAI-compatible endpoint: chat completions about images that are sent along."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ import tenacity  # noqa: E402
 KEY_VARIABLE = "OPENAI_API_KEY"
 ATTEMPTS = 5
 TIMEOUT_SECONDS = 120.0
-"""Until an endpoint begins to answer, and between two parts of the answer."""
+"""The longest wait until an endpoint begins to answer, and between two parts of the answer."""
 MAX_WAIT_SECONDS = 60.0
-"""Between two attempts, even if the endpoint asks for more."""
+"""The longest wait between two attempts, even if the endpoint asks for more."""
 TEMPORARY = frozenset({408, 409, 425, 429})
-"""Statuses besides 5xx after which the same request may succeed."""
+"""Statuses, besides 5xx, after which the same request may succeed later."""
 JPEG_QUALITY = 92
 PIXELS_PER_TOKEN = 28 * 28
-"""Of Qwen2-VL; others are close: Claude's formula is 750."""
+"""The value of Qwen2-VL; others are close: Claude's formula is 750."""
 CHARACTERS_PER_TOKEN = 4
 
 back_off = tenacity.wait_exponential(multiplier=1, max=20) + tenacity.wait_random(0, 1)
 
 
 class EndpointWriter:
-    """Writes by ``POST {endpoint}/chat/completions``; threads may share it."""
+    """Writes with ``POST {endpoint}/chat/completions``; threads may share it."""
 
     follows_prompts = True
     images_at_once = 1
@@ -47,8 +47,8 @@ class EndpointWriter:
                  key_variable: str | None) -> None:  # fmt: skip
         """Read the key; nothing is sent yet.
 
-        :param endpoint: Such as ``http://127.0.0.1:8000/v1``.
-        :param key_variable: The environment variable of the key; if None, that of ``KEY_VARIABLE`` if it is set.
+        :param endpoint: An address such as ``http://127.0.0.1:8000/v1``.
+        :param key_variable: The environment variable that holds the key; by default ``KEY_VARIABLE``, if it is set.
         :raises UsageError: If the address is malformed, or the key is missing or cannot be sent.
         """
         base = endpoint.rstrip("/").removesuffix("/chat/completions")
@@ -57,7 +57,8 @@ class EndpointWriter:
         except httpx.InvalidURL:
             address = httpx.URL("")
         if address.scheme not in ("http", "https") or not address.host or address.userinfo:
-            raise UsageError(f"{endpoint!a} is no address of an endpoint; give one such as http://127.0.0.1:8000/v1.")
+            raise UsageError(f"{endpoint!a} is not the address of an endpoint; give one such as "
+                             "http://127.0.0.1:8000/v1.")  # fmt: skip
         self._variable = key_variable or KEY_VARIABLE
         self._key = os.environ.get(self._variable, "").strip()
         if key_variable and not self._key:
@@ -70,7 +71,7 @@ class EndpointWriter:
         self._client = httpx.Client(headers=headers, timeout=TIMEOUT_SECONDS)
 
     def tokens(self, width: int, height: int, prompt: str) -> int:
-        """Return about how many tokens a request takes: models differ."""
+        """Return roughly how many tokens a request takes: models differ."""
         pixels = min(width * height, self._max_pixels)
         return math.ceil(pixels / PIXELS_PER_TOKEN) + math.ceil(len(prompt) / CHARACTERS_PER_TOKEN)
 
@@ -78,7 +79,7 @@ class EndpointWriter:
         """Return the answers to the requests about each image, one after the other.
 
         :raises NoAnswerError: If the endpoint refuses a request, or still fails after ``ATTEMPTS``.
-        :raises CocoaError: If it refuses the key or the model.
+        :raises CocoaError: If the endpoint refuses the key or the model.
         """
         uris = map(self._data_uri, images)
         return [[self._ask(uri, each) for each in asked] for uri, asked in zip(uris, requests, strict=True)]
@@ -103,7 +104,7 @@ class EndpointWriter:
             refusal, end = choice["message"].get("refusal"), choice.get("finish_reason")
             text = (refusal or choice["message"].get("content") or "") + ""
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise NoAnswerError(f"{self._url} answers with something else than a chat completion "
+            raise NoAnswerError(f"{self._url} does not answer with a chat completion "
                                 f"({shortened(response.text)})", wait=0) from error  # fmt: skip
         return Answer(text, is_cut=end == "length", is_refused=bool(refusal) or end == "content_filter")
 
@@ -112,8 +113,8 @@ class EndpointWriter:
         said = f"status {status}: {shortened(' '.join(response.text.split()))}"
         if status in (401, 403):
             fault = f"refuses the key in {self._variable}" if self._key else "asks for a key"
-            return CocoaError(f"{self._url} {fault} ({said}); put one that is valid there into the environment "
-                              f"variable {self._variable}, or name another with --key-variable.")  # fmt: skip
+            return CocoaError(f"{self._url} {fault} ({said}); put a valid key into the environment variable "
+                              f"{self._variable}, or name another variable with --key-variable.")  # fmt: skip
         if status in (404, 405) or 300 <= status < 400:
             return CocoaError(f"{self._url} has no chat completions of the model {self._model!r} ({said}); check "
                               "--model, and --endpoint, which often ends in /v1.")  # fmt: skip

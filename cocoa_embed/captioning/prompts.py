@@ -1,4 +1,4 @@
-"""What is asked about an image, and what of an answer is used."""
+"""Write the requests about an image, and read the usable texts from the answers."""
 
 import re
 import string
@@ -14,20 +14,20 @@ from cocoa_embed.data.rows import shortened
 from cocoa_embed.errors import CocoaError
 
 QUESTIONS = "questions"
-"""The name of the prompt for question-answer pairs, beside those of captions."""
+"""The name of the prompt for question-answer pairs; the others are for captions."""
 
 _SIGNS = r"(?:[^\w\n]|\d)*"
 MARK = re.compile(rf"^{_SIGNS}(?:Q(?:uestion)?|(?P<answer>A(?:nswer)?)){_SIGNS}?:", re.M | re.I)
-"""Matches what begins the line of a question or an answer, ``Q:`` or ``A:``, with the signs that models add, ``**Q1:``.
+"""Matches the start of a line with a question or an answer, ``Q:`` or ``A:``, also with the signs of ``**Q1:``.
 
-It stays in its line: an answer may be thousands of line ends.
+A match does not cross lines: an answer may consist of thousands of line ends.
 """
 
 WHOLE_SENTENCES = re.compile(r".*(?:[.!?](?=\s)|[。！？])", re.DOTALL)
 
 
 class Request(NamedTuple):
-    """A prompt by its name, and whether its answer is drawn at random."""
+    """A prompt with its name, and whether its answer is sampled."""
 
     name: str
     prompt: str
@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 class NoAnswerError(CocoaError):
     """A writer has no answer about an image; a later run asks again.
 
-    :param wait: The least seconds after which the same request may succeed; None if it will not.
+    :param wait: The minimum seconds after which the same request may succeed; None if it will not.
     """
 
     def __init__(self, message: str, wait: float | None = None) -> None:
@@ -57,13 +57,13 @@ class Writer(Protocol):
     """Answers requests about images."""
 
     name: str
-    """The source of the texts, for their readers."""
+    """The source of the texts, as shown to their readers."""
     follows_prompts: bool
     """Whether an answer depends on the prompt."""
     images_at_once: int
-    """The images of a call of ``write``."""
+    """The number of images in a call of ``write``."""
     threads: int
-    """The calls of ``write`` at a time."""
+    """The number of calls of ``write`` at a time."""
 
     def tokens(self, width: int, height: int, prompt: str) -> int:
         """Return how many tokens a request about an image of this size takes.
@@ -73,10 +73,10 @@ class Writer(Protocol):
         ...
 
     def write(self, images: Sequence[Image.Image], requests: Sequence[Sequence[Request]]) -> list[list[Answer]]:
-        """Return the answers to the requests about each image, which are as many for each.
+        """Return the answers to the requests about each image; each image has the same number of requests.
 
-        :raises NoAnswerError: If there is none for these images.
-        :raises CocoaError: If there would be none for any image.
+        :raises NoAnswerError: If there is no answer for these images.
+        :raises CocoaError: If there would be no answer for any image.
         """
         ...
 
@@ -84,12 +84,12 @@ class Writer(Protocol):
 class Prompts(BaseModel):
     """The prompts and their settings, as in ``prompts.json``.
 
-    :param captions: The prompts of captions, by name; the first is that of an image's ``text``.
+    :param captions: The prompts of captions, by name; the first one writes an image's ``text``.
     :param questions: The prompt for ``{count}`` question-answer pairs.
-    :param label: Comes before a prompt where a short text, such as the name of a class, is replaced.
-    :param refusals: Regular expressions that the beginning of a refusal matches, in either case.
-    :param max_tokens: The most tokens of an answer.
-    :param sampling: ``temperature`` and ``top_p`` where a prompt is asked again.
+    :param label: A text that precedes the prompt if a short text, such as the name of a class, is replaced.
+    :param refusals: Regular expressions that match the beginning of a refusal, ignoring case.
+    :param max_tokens: The maximum tokens of an answer.
+    :param sampling: The ``temperature`` and ``top_p`` of a prompt that is asked again.
     """
 
     captions: dict[str, str]
@@ -105,10 +105,10 @@ class Prompts(BaseModel):
         return cls.model_validate_json((files("cocoa_embed.captioning") / "prompts.json").read_text("utf-8"))
 
     def requests(self, wordings: int, questions: int, label: str | None, are_followed: bool) -> list[Request]:
-        """Return what is asked about an image; answers are drawn for wordings beyond the prompts.
+        """Return the requests about an image; if there are more wordings than prompts, further answers are sampled.
 
-        :param label: A text of the image that is to be replaced.
-        :param are_followed: If false, the first prompt stands for all.
+        :param label: The text of the image that is replaced.
+        :param are_followed: Whether the writer follows prompts; if not, only the first one is used.
         """
         before = "" if label is None else self.label.format(label=valid_unicode(label))
         prompts = [*self.captions.items()][: None if are_followed else 1]
@@ -117,10 +117,10 @@ class Prompts(BaseModel):
         return [request._replace(prompt=before + request.prompt) for request in wanted]
 
     def read(self, requests: Sequence[Request], answers: Sequence[Answer]) -> dict[str, Any]:
-        """Return the usable texts of an image, each once: no refusals, no empty answers, no half sentences.
+        """Return the distinct usable texts of an image: no refusals, no empty answers, no half sentences.
 
-        :returns: ``captions``: their prompts' names by the text; ``questions``: objects with ``question`` and
-            ``answer``; ``unusable``: why other answers are none.
+        :returns: ``captions``: the name of the prompt by the caption; ``questions``: objects with ``question`` and
+            ``answer``; ``unusable``: why the other answers cannot be used.
         """
         captions: dict[str, tuple[str, str]] = {}
         questions: dict[str, dict[str, str]] = {}
@@ -149,7 +149,7 @@ class Prompts(BaseModel):
 def question_pairs(text: str) -> list[tuple[str, str]]:
     """Return the questions of a text that have an answer, and their answers.
 
-    Of several questions or answers in a row, the first one goes on to the end of the last.
+    Several questions or answers in a row count as one, from the first to the end of the last.
     """
     found = dropwhile(_is_answer, MARK.finditer(text))
     marks = [next(run) for _, run in groupby(found, _is_answer)]
@@ -164,7 +164,7 @@ def _is_answer(mark: re.Match[str]) -> bool:
 
 
 def _without_number(text: str) -> str:
-    """Return a text without the lines of signs and digits before the next mark."""
+    """Return a text without trailing lines of signs and digits, which belong to the next mark."""
     lines = _bare(text).split("\n")
     while len(lines) > 1 and not re.search(r"[^\W\d]", lines[-1]):
         lines.pop()
@@ -176,7 +176,7 @@ def _bare(text: str) -> str:
 
 
 def valid_unicode(text: str) -> str:
-    """Return a text without halves of surrogate pairs, which JSON may hold and nothing sends or writes."""
+    """Return a text without unpaired surrogates, which JSON may hold but which cannot be sent or written."""
     return text.encode("utf-8", "ignore").decode()
 
 
@@ -190,5 +190,5 @@ def _line(text: str) -> str:
 
 
 def _same(text: str) -> str:
-    """Return what texts have in common that differ in case, spaces and punctuation alone."""
+    """Return a key that is equal for texts that differ only in case, spaces and punctuation."""
     return " ".join(re.findall(r"\w+", text.casefold()))

@@ -1,4 +1,4 @@
-"""Captions the images of a folder: the cost first, then a journal line an image, then an image folder's metadata."""
+"""Caption the images of a folder: estimate the cost, append a journal line per image, then write the metadata."""
 
 from __future__ import annotations
 
@@ -29,19 +29,21 @@ from cocoa_embed.images.find_files import find_images
 from cocoa_embed.images.load import image_size, load_image, read_stable_file
 
 JOURNAL = ".cocoa-captions.jsonl"
-"""In the output folder: a line for each image, appended as soon as it is captioned. It marks the folder as ours."""
+"""A file in the output folder: a line for each image, appended when it is captioned. It marks the folder as ours."""
 
 SAMPLE = 64
-"""Images whose sizes the estimate reads."""
+"""The number of images whose sizes the estimate reads."""
 
 FAILURES_IN_A_ROW = 8
-"""After as many images without an answer, the run stops: the writer is at fault, not the images."""
+"""After this many images without an answer, the run stops: the fault is the writer's, not the images'."""
 
 
 class Picture(NamedTuple):
-    """An image: its path from the output folder, and the longest text that its own folder has of it, if any.
+    """An image to caption.
 
-    :param rows: Its rows in the metadata of that folder, each with the file that the text is from.
+    :param file_name: Its path relative to the output folder.
+    :param text: The longest text that its own folder has for it, if any.
+    :param rows: Its rows in the metadata of its folder, each with the file that the text is from.
     :param state: Size, mtime, text and settings; an entry with another state is not used.
     """
 
@@ -55,10 +57,10 @@ class Picture(NamedTuple):
 def check_folders(folder: Path, out: Path) -> None:
     """Check that there is a folder to caption, and that ``out`` may be written.
 
-    :raises CocoaError: If not.
+    :raises CocoaError: If there is none, or ``out`` holds something else.
     """
     if not folder.is_dir():
-        raise CocoaError(f"{printable(folder)} is no folder; give a folder of images.")
+        raise CocoaError(f"{printable(folder)} is not a folder; give a folder of images.")
     refuse_foreign_folder(out, marker=JOURNAL)
     refuse_checkpoint(out)
 
@@ -67,12 +69,12 @@ def check_folders(folder: Path, out: Path) -> None:
 class CaptionRun:
     """Captions the images of ``folder`` into ``out``.
 
-    :param wordings: Captions to ask for, of each image; equal ones are written once.
-    :param questions: Question-answer pairs to ask for, of each image.
-    :param replace_below: Images whose text has as many words or more keep it, and are not captioned.
-    :param failed: Images without a caption so far, each with ``path`` and ``reason``.
-    :param summary: Once the run ends: how many images and texts the metadata hold, ``failed``, and ``unusable``: the
-        answers that are no texts, of other images.
+    :param wordings: The number of captions to ask for per image; equal ones are written once.
+    :param questions: The number of question-answer pairs to ask for per image.
+    :param replace_below: Images whose text has at least this many words keep it, and are not captioned.
+    :param failed: Images that have got no caption so far, each with ``path`` and ``reason``.
+    :param summary: When the run has ended: how many images and texts the metadata hold, ``failed``, and ``unusable``:
+        the unusable answers about images that have a caption.
     :raises CocoaError: If the folder holds no images, or its metadata cannot be read.
     """
 
@@ -89,7 +91,7 @@ class CaptionRun:
     def __post_init__(self) -> None:
         self.pictures = list(self._find_pictures())
         journal = self.out / JOURNAL
-        lines = journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else []  # a kill cuts off the last one
+        lines = journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else []  # a kill may cut off the last line
         self._entries = {entry["file_name"]: entry for entry in map(json.loads, lines)}
 
     @property
@@ -98,7 +100,7 @@ class CaptionRun:
         return [each for each in self.pictures if not self._is_kept(each) and self._entry(each) is None]
 
     def plan(self) -> dict[str, Any]:
-        """Return what the run would do and cost, without a model. Tokens are estimates, those of answers the most."""
+        """Return what the run would do and cost, without a model. Tokens are estimates; those of answers, a maximum."""
         remaining, tokens = self.remaining, []
         for picture in remaining[:: max(1, len(remaining) // SAMPLE)]:
             try:
@@ -119,9 +121,9 @@ class CaptionRun:
         }
 
     def caption(self) -> Generator[int]:
-        """Caption what the journal does not have; yield how many images each batch had.
+        """Caption the images that the journal does not have; yield the number of images of each batch.
 
-        The metadata are written at the end, also if it comes early.
+        The metadata are written at the end, even if the run ends early.
 
         :raises CocoaError: If the writer fails for any image, ``FAILURES_IN_A_ROW`` images have no answer, or ``out``
             cannot be written.
@@ -131,7 +133,7 @@ class CaptionRun:
             journal = (self.out / JOURNAL).open("ab+", buffering=0)
         with journal:
             with self._writing():
-                # Without the half of a line that a kill has left.
+                # Remove the half of a line that a kill may have left.
                 journal.seek(0)
                 journal.truncate(journal.read().rfind(b"\n") + 1)
             try:
@@ -146,8 +148,8 @@ class CaptionRun:
             yield
         except OSError as error:
             raise CocoaError(
-                f"{printable(self.out)} cannot be written ({error.strerror}); give another --out, or mend that: the "
-                "same command goes on with what is captioned there."
+                f"{printable(self.out)} cannot be written ({error.strerror}); give another --out, or fix that: the "
+                "same command then continues from the captions in it."
             ) from error
 
     def _caption(self, journal: FileIO) -> Iterator[int]:
@@ -163,17 +165,17 @@ class CaptionRun:
                     self._entries[picture.file_name] = entry
                     line = json.dumps(entry).encode() + b"\n"
                     with self._writing():
-                        while line:  # a disk that is nearly full takes a part of it
+                        while line:  # a disk that is nearly full may take only a part of it
                             line = line[journal.write(line) :]
                 if in_a_row == FAILURES_IN_A_ROW:
                     raise CocoaError(
-                        f"{in_a_row} images in a row have no answer: {texts}. What is captioned is kept in "
-                        f"{printable(self.out)}; the same command goes on."
+                        f"{in_a_row} images in a row have no answer: {texts}. The captions so far are kept in "
+                        f"{printable(self.out)}; the same command continues."
                     )
             yield len(batch)
 
     def _write_metadata(self) -> None:
-        """Write the metadata of all images that have a text, at once."""
+        """Write the metadata of all images that have a text, atomically."""
         kept: list[dict[str, Any]] = []
         written: list[dict[str, Any]] = []
         unusable: list[dict[str, str]] = []
@@ -220,7 +222,7 @@ class CaptionRun:
             yield Picture(path, file_name, text, rows, [stat.st_size, stat.st_mtime_ns, text, version])
 
     def _read_texts(self, paths: Iterable[Path]) -> dict[Path, list[DescribedImage]]:
-        """Return images with the text files beside them, but none whose file cannot be read: its text is not lost."""
+        """Return images with the text files next to them, except those whose file cannot be read, to keep its text."""
         described: dict[Path, list[DescribedImage]] = {}
         for path in paths:
             beside = text_beside(path)
@@ -249,7 +251,7 @@ class CaptionRun:
         for picture in batch:
             try:
                 image = load_image(picture.path)
-                self.writer.tokens(*image.size, "")  # refuses sizes
+                self.writer.tokens(*image.size, "")  # raises for a size that the writer does not take
                 images.append((picture, image, self._requests(picture)))
             except (ImageError, ValueError) as error:
                 reason = error.reason if isinstance(error, ImageError) else one_line(error)
@@ -275,7 +277,7 @@ class CaptionRun:
 
 
 def _json(row: dict[str, Any]) -> str:
-    """Return a row as JSON, which has no dates and no numbers that are not finite: these become texts and null."""
+    """Return a row as JSON, which has neither dates nor non-finite numbers: they become strings and null."""
     return json.dumps(json.loads(json.dumps(row, default=str), parse_constant=lambda _: None))
 
 

@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C while it is being imported ends it as a later one does.
+    """Run the command line. Ctrl-C during the imports ends it in the same way as later.
 
     :raises SystemExit: Always.
     """

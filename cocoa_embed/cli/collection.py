@@ -1,4 +1,4 @@
-"""The commands about a collection: ``info``, ``list``, ``forget``... None loads a model."""
+"""The commands about a collection: ``info``, ``list``, ``forget``... None of them loads a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def reading(collection: str, storage: Storage) -> Iterator[Store]:
-    """Open a collection that must be there, and keep standard output for the result meanwhile."""
+    """Open a collection that must exist, and reserve standard output for the result meanwhile."""
     check_storage(collection, storage, exists=True)
     with working(), contextlib.closing(open_collection(collection, storage)) as store:
         yield store
@@ -49,14 +49,14 @@ def info(*, collection: CollectionOption = "images", storage: Storage) -> dict[s
         say(f"embeds: {found['embed']}{several}")
         say(f"keys: {', '.join(document['keys']) or 'none'}")
         if indexes is not None:
-            say(f"filters only on: {', '.join(sorted(indexes))}")
+            say(f"filters work only on: {', '.join(sorted(indexes))}")
     return document
 
 
 def list_collections(storage: Storage) -> dict[str, Any]:
     """List the collections in an index or on a server."""
     with working():
-        with reading("images", storage) as place:  # of a folder, one collection is open at a time
+        with reading("images", storage) as place:  # in a folder, only one can be open at a time
             names, location, aliases = place.collections(), place.location, place.aliases()
         listed = [describe(name, storage) for name in names]
         for each in listed:
@@ -70,7 +70,7 @@ def list_collections(storage: Storage) -> dict[str, Any]:
 
 
 def describe(name: str, storage: Storage) -> dict[str, Any]:
-    """Return the name, size and model of a collection; of one that this program cannot search, only the reason."""
+    """Return the name, size and model of a collection; for one that cannot be searched, the name and the reason."""
     with contextlib.closing(open_collection(name, storage)) as store:
         try:
             signature = store.require_signature()
@@ -106,7 +106,7 @@ def forget(
     collection: CollectionOption = "images",
     storage: Storage,
 ) -> dict[str, Any]:
-    """Remove images from an index, whether they exist or not. Copies elsewhere stay in it."""
+    """Remove images from an index, whether or not their files exist. Copies elsewhere stay in the index."""
     with reading(collection, storage) as store:
         from cocoa_embed.integrations.qdrant.indexing.manifest import open_manifest
         from cocoa_embed.integrations.qdrant.indexing.prune import forget as forget_paths
@@ -126,12 +126,12 @@ Kind = Literal["keyword", "text", "integer", "float", "bool", "datetime"]
 
 def filterable(
     *,
-    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Keys as filters name them, such as licence.")],
-    kind: Annotated[Kind | None, typer.Option(help="The type of index [default: by the values].")] = None,
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Keys, written as in filters, such as licence.")],
+    kind: Annotated[Kind | None, typer.Option(help="The type of index [default: inferred from the values].")] = None,
     collection: CollectionOption = "images",
     storage: Storage,
 ) -> None:
-    """Create indexes for filters on columns, which hosted servers want and all servers and Edge are faster with."""
+    """Create indexes on columns: hosted servers require them for filters, other servers and Edge filter faster."""
     if storage.url is None and storage.edge is None:
         raise UsageError("a local index (--path) filters by any key and has no indexes; --url and --edge have them")
     with reading(collection, storage) as store:
@@ -145,14 +145,16 @@ def filterable(
 
 def alias(
     *,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The alias, which any command takes as --collection.")],
-    collection: Annotated[str, typer.Argument(metavar="COLLECTION", help="The collection that it names from now on.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The alias, which any command accepts as --collection.")],
+    collection: Annotated[
+        str, typer.Argument(metavar="COLLECTION", help="The collection that it refers to from now on.")
+    ],
     storage: Storage,
 ) -> None:
-    """Let a name stand for a collection; a later call switches it to another one in one step."""
+    """Make a name an alias of a collection; a later call switches it to another collection in one step."""
     with reading(collection, storage) as store:
         before = store.set_alias(name)
-        was = f", before {before}" if before not in (None, collection) else ""
+        was = f", previously of {before}" if before not in (None, collection) else ""
         say(f"{printable(name)} is an alias of {printable(collection)} in {store.location}{was}")
 
 
@@ -162,7 +164,7 @@ def seed(
     collection: CollectionOption = "images",
     api_key: ApiKeyOption = None,
 ) -> None:
-    """Copy a collection with one shard from a server to Qdrant Edge, with its search index, as a snapshot."""
+    """Copy a collection with one shard, search index included, from a server to Qdrant Edge, as a snapshot."""
     from cocoa_embed.integrations.qdrant.stores.edge import EdgeStore
     from cocoa_embed.integrations.qdrant.stores.server import ServerStore
 

@@ -23,7 +23,7 @@ def demo(
         Path | None, typer.Option(help="A folder of captioned photographs, instead of drawn scenes.")
     ] = None,
     captions: Annotated[
-        CaptionChoice, typer.Option(help="What is used of a photograph: all of its captions, or its text.")
+        CaptionChoice, typer.Option(help="The texts of a photograph to use: all of its captions, or its text.")
     ] = "captions",
     backbone: Annotated[
         str | None, typer.Option(help="The vision-language model to start from [default: the package's captioner].")
@@ -48,7 +48,7 @@ def demo(
         for module in DEMO_NEEDS:
             require(module, "all")
         silence_libraries()
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device is enough; training would ask for a launcher
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one is enough; several need a launcher
         from cocoa_embed.demo.story import Demo
 
         texts = captions if photos else "text"

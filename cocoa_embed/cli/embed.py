@@ -28,11 +28,11 @@ def embed(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="What `cocoa-embed index` takes.")],
     model: options.ModelOption,
     out: Annotated[str, typer.Option(help="A folder for embeddings, or its address (s3://bucket/embeddings).")],
-    shard: Annotated[str, typer.Option(help="i/n, on the i-th of n machines: embed its parts only.")] = "1/1",
+    shard: Annotated[str, typer.Option(help="i/n on the i-th of n machines: embed only its parts.")] = "1/1",
     dimension: options.DimensionOption = None,
     embed: options.EmbedOption = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Embed parts again of which some images could not be used.")
+        bool, typer.Option("--retry-failed", help="Embed parts again if some of their images could not be used.")
     ] = False,
     ray: Annotated[
         str | None, typer.Option(help="Embed on Ray: on this machine, or with =ADDRESS on a cluster.")
@@ -41,13 +41,13 @@ def embed(
     loading: options.Loading,
     given: options.Sources,
 ) -> dict[str, Any]:
-    """Embed images into Parquet files, for `cocoa-embed load`. What is there already is not embedded again."""
+    """Embed images into Parquet files, for `cocoa-embed load`. What is already there is not embedded again."""
     from cocoa_embed.model.loading import check_model
 
     settings = {**devices.arguments(), **vars(loading), "dimension": dimension}
     wanted = given.options()
     (number, count), *_ = check_all(
-        partial(read_share, shard), *source_checks(sources, wanted), lambda: check_model(model), partial(check_out, out)
+        partial(read_shard, shard), *source_checks(sources, wanted), lambda: check_model(model), partial(check_out, out)
     )
     require("pyarrow", "tables")
     with working():
@@ -71,14 +71,14 @@ def embed(
             from cocoa_embed.integrations.ray import embed_on_ray
 
             done = embed_on_ray(planned, folder, model, settings, address=None if ray == "local" else ray)
-        summary = shards.total(tell(done), out, lambda: time.perf_counter() - started, faults)
+        summary = shards.total(report_parts(done), out, lambda: time.perf_counter() - started, faults)
         passed_over.warn_of_unused()
         say_summary(summary)
         say_passed_over(passed_over.counts)
     return {**dataclasses.asdict(summary), "passed_over": dict(passed_over.counts)}
 
 
-def read_share(text: str) -> tuple[int, int]:
+def read_shard(text: str) -> tuple[int, int]:
     """Return the two numbers of ``--shard i/n``.
 
     :raises UsageError: If it has another form, or ``i`` is not between 1 and ``n``.
@@ -92,19 +92,19 @@ def read_share(text: str) -> tuple[int, int]:
 
 
 def check_out(out: str) -> None:
-    """Check that embeddings are not to be written to a file.
+    """Check that the output is not a file.
 
-    :raises CocoaError: If they are.
+    :raises CocoaError: If it is.
     """
-    if os.path.isfile(out):  # False for a name that is too long, which writing explains
+    if os.path.isfile(out):  # False for a name that is too long; writing reports that
         raise CocoaError(f"{printable(out)} is a file; give the name of a folder to write to")
 
 
-def tell(done: Iterable[EmbedSummary]) -> Iterator[EmbedSummary]:
-    """Pass on what became of each part; print a line for each that was embedded."""
+def report_parts(done: Iterable[EmbedSummary]) -> Iterator[EmbedSummary]:
+    """Yield the summary of each part, and print a line for each part that was embedded."""
     for number, part in enumerate(done, 1):
         if part.embedded or part.failed:
-            rate = f"{part.embedded / part.seconds:.1f} images/s" if part.seconds else "embedded before"
+            rate = f"{part.embedded / part.seconds:.1f} images/s" if part.seconds else "already embedded"
             say(f"part {number}: {part.embedded} images, {len(part.failed)} left out ({rate})")
         yield part
 
@@ -112,7 +112,7 @@ def tell(done: Iterable[EmbedSummary]) -> Iterator[EmbedSummary]:
 def say_summary(summary: EmbedSummary) -> None:
     """Print the counts of all parts, and the images that could not be used."""
     counts = f"{summary.embedded} images embedded, {len(summary.failed)} left out"
-    files = f"files: {summary.parts} written, {summary.skipped} there before"
+    files = f"files: {summary.parts} written, {summary.skipped} already there"
     say(f"{summary.out}: {counts}; {files} ({summary.seconds:.1f} s)")
     say_left_out(summary.failed)
 
@@ -120,7 +120,7 @@ def say_summary(summary: EmbedSummary) -> None:
 def load(
     *,
     embeddings: Annotated[str, typer.Argument(metavar="DIR", help="A folder or address that `embed` wrote.")],
-    shard: Annotated[str, typer.Option(help="i/n, in the i-th of n processes: load its files only.")] = "1/1",
+    shard: Annotated[str, typer.Option(help="i/n in the i-th of n processes: load only its files.")] = "1/1",
     collection: CollectionOption = "images",
     storage: Storage,
     backend: Backend,
@@ -130,7 +130,7 @@ def load(
 
     folder = EmbeddingFolder(embeddings)
     (number, count), *_ = check_all(
-        partial(read_share, shard),
+        partial(read_shard, shard),
         *storage_checks(collection, storage, backend),
         *([folder.require_signature] if backend == DEFAULT_BACKEND else []),
     )

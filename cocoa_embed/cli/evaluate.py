@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 SHOWN_DIGITS = 8
 """Hexadecimal digits of a fingerprint in the name of a folder."""
 
-BatchTokensOption = Annotated[int, typer.Option("--batch-tokens", min=1, help="About the most tokens of a batch.")]
+BatchTokensOption = Annotated[
+    int, typer.Option("--batch-tokens", min=1, help="The approximate maximum number of tokens in a batch.")
+]
 
 
 def mmeb(
@@ -32,10 +34,16 @@ def mmeb(
     images: Annotated[Path, typer.Option(help="The folder that image paths are relative to.")],
     model: ModelOption,
     subset: Annotated[list[str] | None, typer.Option(help="A subset, repeatable [default: all].")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows, as partial scores.")] = None,
-    repeated_targets: Annotated[Literal["error", "merge"], typer.Option(help="Targets listed twice.")] = "error",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Score only the first rows of each subset, as partial scores.")
+    ] = None,
+    repeated_targets: Annotated[
+        Literal["error", "merge"], typer.Option(help="What to do if targets are listed twice.")
+    ] = "error",
     batch_tokens: BatchTokensOption = BATCH_TOKENS,
-    out: Annotated[Path | None, typer.Option(help="For results [default: cocoa-eval/MODEL-FINGERPRINT].")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder for results [default: cocoa-eval/MODEL-FINGERPRINT].")
+    ] = None,
     device: DeviceOption = None,
     max_pixels: MaxPixelsOption = None,
 ) -> dict[str, Any]:
@@ -87,11 +95,11 @@ def pairs(
     ],
     model: Annotated[list[str], typer.Option(help="A SentenceTransformer; give a second one to compare the two.")],
     images: Annotated[
-        Path | None, typer.Option(help="What a table's paths are relative to [default: its folder].")
+        Path | None, typer.Option(help="The folder that a table's paths are relative to [default: its own].")
     ] = None,
     query_text: Annotated[str | None, typer.Option(help="The column of query texts.")] = None,
     query_image: Annotated[str | None, typer.Option(help="The column of their images.")] = None,
-    positive_text: Annotated[str | None, typer.Option(help="The column of the right documents' texts.")] = None,
+    positive_text: Annotated[str | None, typer.Option(help="The column of the matching documents' texts.")] = None,
     positive_image: Annotated[str | None, typer.Option(help="The column of their images.")] = None,
     captions: Annotated[
         CaptionChoice, typer.Option(help="A folder's queries: each of an image's captions, or its text.")
@@ -140,7 +148,7 @@ def pairs(
             evaluate_pairs(
                 encoders, found, seed=seed, batch_tokens=batch_tokens, progress=sys.stderr.isatty(), publish=publish
             )
-        finally:  # if the second model fails, the first model's scores are shown all the same
+        finally:  # if the second model fails, the first model's scores are still shown
             for table in pairs_tables(document, shown_metrics(document)) if document else ():
                 Console(stderr=True).print(to_terminal(table))
             if document and out is not None:

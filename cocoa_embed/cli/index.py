@@ -32,10 +32,10 @@ def index(
     storage: Storage,
     prune: Annotated[bool, typer.Option("--prune", help="Remove files below PATH that no longer exist.")] = False,
     prune_all: Annotated[
-        bool, typer.Option("--prune-all", help="Like --prune, even where no files are left, or few.")
+        bool, typer.Option("--prune-all", help="Like --prune, even if few files or none are left.")
     ] = False,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try unchanged files again that could not be used before.")
+        bool, typer.Option("--retry-failed", help="Retry unchanged files that could not be used before.")
     ] = False,
     llama_index: Annotated[
         bool, typer.Option("--llama-index", help="Also store what LlamaIndex's QdrantVectorStore reads.")
@@ -76,7 +76,7 @@ def index(
 
 
 def source_checks(paths: Sequence[str], options: SourceOptions) -> list[Callable[[], object]]:
-    """Return checks of the paths to index: of each that does not exist or, without any, that there are images."""
+    """Return checks of the paths to index: of each missing one or, if all exist, that there are images."""
     from cocoa_embed.sources.open import all_sources
 
     missing = [path for path in paths if path and "://" not in path and not os.path.lexists(path)]

@@ -24,7 +24,7 @@ from cocoa_embed.cpu_threads import limit_spinning
 from cocoa_embed.errors import CocoaError
 
 OPTIONAL_VALUES = {"--dry-run": "--dry-run=sample", "--ray": "--ray=local"}
-"""Options without a value, which typer does not take, and what they stand for."""
+"""Options that may lack a value, which typer does not support, and what they then stand for."""
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C."""
@@ -48,9 +48,9 @@ app.add_typer(evaluation, name="eval", help="Score a model on MMEB-V1, or on pai
 
 
 def main(arguments: Sequence[str] | None = None, commands: typer.Typer = app, program: str = "cocoa-embed") -> None:
-    """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted. A failure is one sentence for people.
+    """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted. A failure prints one sentence.
 
-    :param arguments: The words after the program's name; those of this process if None.
+    :param arguments: The command-line arguments; those of this process if None.
     :raises SystemExit: Always.
     """
     limit_spinning()
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None, commands: typer.Typer = app, pr
             typer.echo(f"cocoa-embed: {error}", err=True)
         raise SystemExit(error.exit_status) from None
     except SystemExit as stopped:
-        if stopped.code == INTERRUPTED:  # typer's, without a word, for Ctrl-C
+        if stopped.code == INTERRUPTED:  # typer exits like this after Ctrl-C, without a message
             typer.echo("cocoa-embed: interrupted", err=True)
         raise
 

@@ -1,4 +1,4 @@
-"""The options of commands that embed images: how the model runs, and what sources give."""
+"""The options of commands that embed images: how the model runs, and what is read."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ ModelOption = Annotated[str, typer.Option(help=MODEL_HELP)]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="The torch device [default: the fastest].")]
 DimensionOption = Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")]
 MaxPixelsOption = Annotated[
-    int | None, typer.Option(min=1, help="Scale larger images down to this [default: the model's own limit].")
+    int | None, typer.Option(min=1, help="Scale larger images down to this many pixels [default: the model's limit].")
 ]
 EmbedOption = Annotated[
     Literal["image", "image+caption", "both"] | None,
-    typer.Option(help="Embed the image, with its caption in one vector, or each in its own [default: image]."),
+    typer.Option(
+        help="Embed the image, the image with its caption in one vector, or each in its own [default: image]."
+    ),
 ]
 
 
 @dataclass(frozen=True)
 class Devices:
-    """Where a model embeds, and how much at once."""
+    """Where a model runs, with how many threads, and how large its batches are."""
 
     devices: Annotated[
         str | None,
         typer.Option(
             "--devices",
             "--device",
-            help="The torch device, or several, a process each: cuda:0,cuda:1, or all [default: the fastest].",
+            help="The torch device, or several, one process each: cuda:0,cuda:1, or all [default: the fastest].",
         ),
     ] = None
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads a device that prepare images.")] = None
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads per device that prepare images.")] = None
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="The most visual tokens in a batch [default: 8192].")
     ] = None
@@ -81,7 +83,7 @@ class Sources:
     ] = None
     every: Annotated[float, typer.Option(min=0.001, help="Seconds between two frames of a video.")] = 10.0
     include: Annotated[
-        str, typer.Option(help="Other files that folders give beside photographs: archive,table,pdf,video.")
+        str, typer.Option(help="Other files to read in folders besides photographs: archive,table,pdf,video.")
     ] = ""
 
     def options(self) -> SourceOptions:

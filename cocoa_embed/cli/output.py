@@ -23,11 +23,11 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 def as_command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
-    """Return a function as typer takes it.
+    """Return a function that typer can register as a command.
 
-    Where a parameter is a dataclass of options, the command has its fields, one by one. A function that returns a
-    document gives the command the option ``--json``, which prints it. The exit status is 1 where the document lists
-    what ``failed``.
+    A parameter that is a dataclass of options becomes one option per field. If the function returns a document, the
+    command has the option ``--json``, which prints it. The exit status is 1 if the document lists anything as
+    ``failed``.
     """
     signature = inspect.signature(function, eval_str=True)
     parameters = signature.parameters
@@ -57,20 +57,20 @@ def as_command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., 
 def printing() -> Iterator[TextIO]:
     """Yield standard output, and flush it at the end.
 
-    :raises CocoaError: If it cannot be written, such as to a file on a full disk.
+    :raises CocoaError: If it cannot be written, for example because the disk is full.
     """
     standard_output = sys.stdout
     try:
         yield standard_output
         standard_output.flush()
-    except BrokenPipeError:  # the reader has what it wants, and typer ends quietly
+    except BrokenPipeError:  # the reader has closed the pipe: typer exits quietly
         raise
     except OSError as error:
         raise CocoaError(f"standard output cannot be written ({error.strerror})") from error
 
 
 def working() -> contextlib.AbstractContextManager[object]:
-    """Keep standard output for the result: anything printed meanwhile goes to standard error."""
+    """Reserve standard output for the result: anything printed meanwhile goes to standard error."""
     return contextlib.redirect_stdout(sys.stderr)
 
 
@@ -79,11 +79,11 @@ QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-"""What libraries read when they are imported."""
+"""Environment variables that libraries read when they are imported."""
 
 
 def silence_libraries() -> None:
-    """Turn off the progress bars, the warnings and the informal messages of other libraries; import none of them."""
+    """Turn off the progress bars, the warnings and the info messages of other libraries, without importing them."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if datasets := sys.modules.get("datasets"):

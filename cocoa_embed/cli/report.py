@@ -74,7 +74,7 @@ def read_result(file: Path, run: Path, record: dict[str, Any]) -> EvalResult:
     except OSError as error:
         raise CocoaError(f"{name} cannot be read ({one_line(error)})") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CocoaError(f"{name} is no result of cocoa-embed eval; give a pairs.json or mmeb.json") from error
+        raise CocoaError(f"{name} is not a result of cocoa-embed eval; give a pairs.json or mmeb.json") from error
     return EvalResult(document, tables, name, is_own, data and os.path.realpath(data))
 
 
@@ -87,7 +87,7 @@ def is_of_run(model: Path, run: Path, record: dict[str, Any]) -> bool:
             return True
         training = json.loads((model / TRAINING_FILE).read_text(encoding="utf-8"))
         return bool(training.get("run") == record["id"])
-    except (OSError, ValueError, AttributeError):  # a name on the hub, or no model of ours
+    except (OSError, ValueError, AttributeError):  # a name on the hub, or a model that this package did not train
         return False
 
 
@@ -100,7 +100,7 @@ def diagnose(
         typer.Option("--data", help="An image folder with texts [default: the rows that the run held out]."),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option(min=2, help="The most rows [default: all held out, or 64 of --data].")
+        int | None, typer.Option(min=2, help="The maximum number of rows [default: all held out, or 64 of --data].")
     ] = None,
     device: DeviceOption = None,
 ) -> dict[str, Any]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 WEB, REMOTE = r"(?!file:)[\w+.-]+://", r"(?!file:|https?:)[\w+.-]+://"
-"""Match addresses on any file system, and on those that are not the web."""
+"""Match the addresses of any remote file system, and of those other than the web."""
 
 
 def search(
@@ -39,10 +39,13 @@ def search(
     ] = None,
     like: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH|ID", help="An indexed image to be near to; alone it needs no --model; repeatable."),
+        typer.Option(
+            metavar="PATH|ID", help="An indexed image that hits should resemble; alone it needs no --model; repeatable."
+        ),
     ] = None,
     unlike: Annotated[
-        list[str] | None, typer.Option(metavar="PATH|ID", help="An indexed image to be far from; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="PATH|ID", help="An indexed image that hits should not resemble; repeatable."),
     ] = None,
     filters: FilterOption = None,
     collection: Annotated[str | None, typer.Option(help="The Qdrant collection [default: images].")] = None,
@@ -54,17 +57,21 @@ def search(
         bool, typer.Option("--any-orientation", help="Also search for the rotated and mirrored image.")
     ] = False,
     diversity: Annotated[
-        float | None, typer.Option(help="From 0 (the nearest) to 1 (as different from each other as can be).")
+        float | None, typer.Option(help="From 0 (the nearest) to 1 (as different from each other as possible).")
     ] = None,
     group_by: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Of all images with one value of this key, only the best.")
+        str | None, typer.Option(metavar="KEY", help="Return only the best image for each value of this key.")
     ] = None,
     hnsw_ef: Annotated[
-        int | None, typer.Option(min=1, help="Candidates that the search index keeps: more find more (--url, --edge).")
+        int | None,
+        typer.Option(min=1, help="Candidates that the index considers: more are slower and find more (--url, --edge)."),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Compare all vectors instead of using the index.")] = False,
     vectors: Annotated[
-        int, typer.Option(min=1, help="Of a model of several vectors, how many of the query's rescore the best hits.")
+        int,
+        typer.Option(
+            min=1, help="For a model of several vectors, how many of the query's vectors rescore the best hits."
+        ),
     ] = 1,
     device: DeviceOption = None,
     loading: Loading,
@@ -134,7 +141,7 @@ def search(
         try:
             write_hits_page(html, " + ".join(filter(None, names)), hits, picture, allow_host or [])
             say(f"wrote {printable(html)}")
-        except CocoaError as error:  # the hits are printed all the same
+        except CocoaError as error:  # the hits are printed anyway
             document["failed"] = [{"path": str(html), "reason": str(error)}]
             say(f"cocoa-embed: {error}")
     return document
@@ -147,7 +154,7 @@ def check_page(file: Path) -> None:
     """
     require("jinja2", "report")
     if not file.parent.is_dir():
-        raise CocoaError(f"--html: {printable(file)} cannot be written, its folder does not exist")
+        raise CocoaError(f"--html: {printable(file)} cannot be written: its folder does not exist")
 
 
 def query_image(image: str, allowed_hosts: Sequence[str]) -> Image:

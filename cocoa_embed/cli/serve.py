@@ -1,4 +1,4 @@
-"""The command ``serve``, and ``search --server``. Heavy imports are inside functions, so that both start at once."""
+"""The command ``serve``, and ``search --server``. Heavy imports are inside functions, so that both start quickly."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def serve(
     location: Location,
     qdrant_api_key: ApiKeyOption = None,
     host: Annotated[
-        str, typer.Option(help="The address to listen at; others than loopback need --api-key.")
+        str, typer.Option(help="The address to listen on; any but a loopback address needs --api-key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(envvar="COCOA_API_KEY", help="The key that every request must bring.")
+        str | None, typer.Option(envvar="COCOA_API_KEY", help="The key that every request must send.")
     ] = None,
     device: DeviceOption = None,
     max_pixels: MaxPixelsOption = None,
 ) -> None:
-    """Serve an index over HTTP: a page to search in, an API, and embeddings as OpenAI's. Ctrl-C stops it."""
+    """Serve an index over HTTP: a search page, an API, and OpenAI-compatible embeddings. Ctrl-C stops it."""
     from cocoa_embed.model.loading import check_model
     from cocoa_embed.serve.address import bind, check_address
 
@@ -59,16 +59,16 @@ def serve(
         if location.url is None:
             folder = location.path or location.edge or DEFAULT_INDEX
             say(f"no other process can open {folder} meanwhile; to index while serving, use a Qdrant server")
-        ready = f"serving at http://{name}:{bound.getsockname()[1]}/ (Ctrl-C stops)"
+        ready = f"serving at http://{name}:{bound.getsockname()[1]}/ (press Ctrl-C to stop)"
         run.answer_requests(app, bound, partial(say, ready))
 
 
 def search_server(
     server: str, api_key: str | None, image: str | None, allowed_hosts: Sequence[str], asked: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the answer of a server to a search, in which files of this machine go along.
+    """Send a search to a server, along with its files of this machine, and return the answer.
 
-    :param image: As ``--image`` takes it.
+    :param image: A value of ``--image``.
     :param asked: The other fields of the search; examples that are files here are named by their absolute paths.
     :raises CocoaError: If the image cannot be read, the key cannot be sent, or the server does not answer.
     """

@@ -34,7 +34,7 @@ FilterOption = Annotated[
 
 @dataclass(frozen=True)
 class Location:
-    """Where collections are; None for what is not given."""
+    """Where collections are; an option that is not given is None."""
 
     path: Annotated[Path | None, typer.Option(help=f"A local index folder [default: {DEFAULT_INDEX}].")] = None
     url: Annotated[str | None, typer.Option(help="The URL of a Qdrant server, instead of --path.")] = None
@@ -55,7 +55,7 @@ class Storage(Location):
 
 @dataclass(frozen=True)
 class Backend:
-    """How to speak with a server, and how a new collection keeps its points."""
+    """How to connect to a server, and how a new collection stores its points."""
 
     create: Annotated[
         str | None,
@@ -65,7 +65,7 @@ class Backend:
             " memory=cold, graph=cold, tenant=KEY; for --url also hnsw=after, shards=N, replicas=N.",
         ),
     ] = None
-    prefer_grpc: Annotated[bool, typer.Option("--prefer-grpc", help="Speak gRPC with --url, on port 6334.")] = False
+    prefer_grpc: Annotated[bool, typer.Option("--prefer-grpc", help="Use gRPC with --url, on port 6334.")] = False
 
 
 DEFAULT_BACKEND = Backend()
@@ -74,7 +74,7 @@ DEFAULT_BACKEND = Backend()
 def check_storage(collection: str, location: Location, *, exists: bool = False) -> None:
     """Check the options that name a collection.
 
-    :param exists: Whether a local index has to be there.
+    :param exists: Whether a local index has to exist.
     :raises UsageError: If they contradict each other, or one is malformed.
     :raises CocoaError: If there is no such index, or its folder holds something else.
     """
@@ -90,7 +90,7 @@ def check_storage(collection: str, location: Location, *, exists: bool = False) 
         check_url(folder)
         return
     check_folder(folder, name)
-    with contextlib.suppress(OSError):  # which opening it explains
+    with contextlib.suppress(OSError):  # opening it reports the reason
         refuse_foreign_index(folder, markers=OWN_MARKERS[name])
     if exists and not os.path.isdir(folder):  # False for a name that is too long
         others = "" if given else ", or give --edge or --url"
@@ -98,7 +98,7 @@ def check_storage(collection: str, location: Location, *, exists: bool = False) 
 
 
 def storage_checks(collection: str, storage: Storage, backend: Backend) -> list[Callable[[], object]]:
-    """Return checks of the options that name a collection, which may be created."""
+    """Return checks of the options that name a collection, which need not exist yet."""
     kept = [partial(open_collection, collection, storage, backend)] if backend != DEFAULT_BACKEND else []
     return [partial(check_storage, collection, storage), *kept]
 

@@ -1,4 +1,4 @@
-"""``cocoa-embed caption``, ``train``, ``export``; heavy modules are imported when they run: ``--help`` is quick."""
+"""``cocoa-embed caption``, ``train``, ``export``; heavy imports wait until one runs: ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def caption(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of images.")],
     out: Annotated[Path, typer.Option(help="The image folder to write: texts, and the paths of the images.")],
     backbone: Annotated[
-        str | None, typer.Option("--with", metavar="BACKBONE", help="Write with this model, before it is trained here.")
+        str | None,
+        typer.Option(
+            "--with", metavar="BACKBONE", help="Write with this vision-language model, before it is trained here."
+        ),
     ] = None,
     endpoint: Annotated[
         str | None, typer.Option(metavar="URL", help="Ask an OpenAI-compatible endpoint, such as http://host:8000/v1.")
@@ -41,22 +44,23 @@ def caption(
         str | None,
         typer.Option(help="The environment variable that holds the endpoint's key [default: OPENAI_API_KEY]."),
     ] = None,
-    wordings: Annotated[int, typer.Option(min=1, help="Captions to ask for, of each image.")] = 3,
+    wordings: Annotated[int, typer.Option(min=1, help="Captions to ask for per image.")] = 3,
     questions: Annotated[
-        int | None, typer.Option(min=0, help="Question-answer pairs to ask for, of each image [default: 3].")
+        int | None, typer.Option(min=0, help="Question-answer pairs to ask for per image [default: 3].")
     ] = None,
     replace_below: Annotated[
-        int, typer.Option(min=0, metavar="WORDS", help="Replace texts of fewer words, such as the names of classes.")
+        int, typer.Option(min=0, metavar="WORDS", help="Replace texts of fewer words than this, such as class names.")
     ] = 4,
     max_pixels: Annotated[int, typer.Option(min=784, help="Scale larger images down to this.")] = 1280 * 28 * 28,
     at_once: Annotated[int, typer.Option(min=1, help="Images in a batch, or requests to the endpoint.")] = 8,
     device: DeviceOption = None,
     yes: Annotated[bool, typer.Option("--yes", help="Begin without asking.")] = False,
     dry_run: Annotated[
-        Literal["sample"] | None, typer.Option(help="Print what it would do and cost, by a sample, and stop.")
+        Literal["sample"] | None,
+        typer.Option(help="Print what it would do and cost, estimated from a sample, and stop."),
     ] = None,
 ) -> dict[str, Any]:
-    """Write captions and question-answer pairs for images without text. A second run goes on where one stopped."""
+    """Write captions and question-answer pairs for images without text. A second run continues where one stopped."""
     if (backbone is None) == (endpoint is None):
         raise UsageError("Give either --with BACKBONE or --endpoint URL --model NAME: one of them writes the texts.")
     if (endpoint is None) != (model is None):
@@ -106,7 +110,7 @@ CAPTION_SUMMARY = (
 
 
 def _caption(job: CaptionRun, total: int) -> dict[str, Any]:
-    """Caption with a progress bar, and print what became of the images."""
+    """Caption with a progress bar, and print a summary of the images."""
     from tqdm.auto import tqdm
 
     bar = tqdm(desc="captioning", total=total, unit="image", disable=not sys.stderr.isatty())
@@ -176,7 +180,7 @@ def train(
 
 
 def _load(recipe: str, overrides: list[str], out: Path | None) -> Recipe:
-    """Read a recipe, and find the faults of local files and folders."""
+    """Read a recipe, and check its local files and folders."""
     from cocoa_embed.train import Recipe
 
     loaded = Recipe.load(recipe, overrides, check_paths=True)
@@ -192,9 +196,9 @@ QUICK_BYTES = 16 * 2**20
 def check_columns(recipe: Recipe) -> None:
     """Check that local tables and the image folders of a recipe have the columns that training reads.
 
-    Larger files than ``QUICK_BYTES`` are left to training, which reads them once.
+    Files larger than ``QUICK_BYTES`` are left to training, so that they are read only once.
 
-    :raises CocoaError: If one has not, or cannot be read.
+    :raises CocoaError: If one lacks them, or cannot be read.
     """
     from cocoa_embed.data.columns import map_columns
     from cocoa_embed.data.image_folder import TEXT_COLUMNS, find_metadata
@@ -223,12 +227,12 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of the training.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the model to write.")],
     vectors: Annotated[
-        int | None, typer.Option(min=1, help="1: of a model of several vectors only the first [default: all].")
+        int | None, typer.Option(min=1, help="1 exports only the first vector of a model of several [default: all].")
     ] = None,
 ) -> None:
-    """Write a checkpoint as a SentenceTransformer folder, which needs nothing of this package.
+    """Write a checkpoint as a SentenceTransformer folder, which loads without this package.
 
-    One of several vectors becomes a MultiVectorEncoder.
+    A model of several vectors becomes a MultiVectorEncoder.
     """
     with working():
         from cocoa_embed.model.training_record import TRAINING_FILE, read_training
@@ -268,7 +272,7 @@ def stage_document(result: StageResult) -> dict[str, Any]:
 def plan_lines(planned: RunPlan) -> Iterator[str]:
     """Yield the plan and the cost of a run as lines of text."""
     yield f"{planned.recipe}: {planned.backbone}, {planned.devices} device{'s' * (planned.devices > 1)}"
-    yield from (f"{stage}: finished already" for stage in planned.finished)
+    yield from (f"{stage}: already finished" for stage in planned.finished)
     for stage in planned.stages:
         yield f"{stage.stage}: writes {stage.folder}"
         for name, text in stage_facts(stage, planned.card):
@@ -286,9 +290,9 @@ def plan_lines(planned: RunPlan) -> Iterator[str]:
 
 
 def stage_facts(stage: StagePlan, card: str | None) -> Iterator[tuple[str, str]]:
-    """Yield what a plan says of a stage, as names and texts."""
+    """Yield the facts about a planned stage, as pairs of a name and a text."""
     ratio = stage.trainable_parameters / stage.parameters
-    yield "parameters", f"{stage.parameters:,}, of them trained {stage.trainable_parameters:,} ({ratio:.1%})"
+    yield "parameters", f"{stage.parameters:,}, of which {stage.trainable_parameters:,} are trained ({ratio:.1%})"
     yield from (("rows", f"{name} {subset_words(subset)}") for name, subset in stage.subsets.items())
     if stage.max_rows is not None:
         yield "drawn", f"{stage.max_rows:,} rows of all subsets (max_rows)"
@@ -321,7 +325,7 @@ def stage_facts(stage: StagePlan, card: str | None) -> Iterator[tuple[str, str]]
 
 
 def subset_words(subset: SubsetPlan) -> str:
-    """Return how many rows a subset has, and how they come about."""
+    """Return how many rows a subset has, and where they come from."""
     weight, texts = float(subset.source.get("weight", 1)), subset.rows - subset.rows_with_image
     if "folder" in subset.source and subset.images:
         captions, paraphrases, all_rows = (

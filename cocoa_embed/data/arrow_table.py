@@ -29,10 +29,10 @@ ROWS_AT_ONCE = 256
 """Rows that are converted to Python values together."""
 
 SHARD_MEMBERS = 1000
-"""Files of a shard whose suffixes are its columns."""
+"""The number of files in a shard that are looked at to find its columns: their suffixes."""
 
 EMBEDDED = object()
-"""The placeholder of an image's bytes."""
+"""A placeholder for an image's bytes."""
 
 LIST_KINDS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 
@@ -45,9 +45,9 @@ class ArrowTable:
     """A memory-mapped table: small in memory, and pickled as a file name.
 
     :param name: Its name in error messages and in the names of its images; tables of the same name are equal.
-    :param dataset: In the format ``arrow``, which decodes nothing.
-    :param origin: What ``reopen`` opens it by.
-    :param images: Columns of images that make a further column ``image``: in each row, the first that is not null.
+    :param dataset: The data set, in the format ``arrow``, which decodes nothing.
+    :param origin: What ``reopen`` needs to open it again.
+    :param images: Image columns that are merged into an extra column ``image``, with the first value that is not null.
     """
 
     name: str
@@ -65,7 +65,7 @@ class ArrowTable:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the table."""
+        """A string that changes when the table does."""
         return self.dataset._fingerprint
 
     def row_name(self, row: int) -> str:
@@ -107,7 +107,7 @@ class ArrowTable:
         return bytes(content)
 
     def _values(self, cells: pa.ChunkedArray, column: str, first: int) -> list[Any]:
-        """Return a batch's values of a column; ``first`` is its first row. No image's bytes are read."""
+        """Return the values of a column in the batch that begins at row ``first``. No image bytes are read."""
         is_list = any(is_kind(cells.type) for is_kind in LIST_KINDS)
         if not _holds_images(cells.type.value_type if is_list else cells.type):
             return cells.to_pylist()
@@ -156,9 +156,9 @@ def open_parquet(path: Place) -> ArrowTable:
 
 
 def open_shards(paths: Sequence[Place]) -> ArrowTable:
-    """Open the tar files of a WebDataset: files of the same name make a row, with a column for each suffix.
+    """Open the tar files of a WebDataset: files of the same name form a row, with a column for each suffix.
 
-    Images with several suffixes have a column ``image`` as well.
+    If images have several suffixes, there is also a column ``image``.
 
     :raises CocoaError: If they cannot be read.
     """
@@ -167,12 +167,12 @@ def open_shards(paths: Sequence[Place]) -> ArrowTable:
         table = _with_one_image(replace(_open_files("webdataset", paths, _shard_features(paths[0])), name=name))
     if not any(_holds_images(kind) for kind in table.dataset.features.arrow_schema.types):
         kinds = ", ".join(column for column in table.columns if not column.startswith("__"))
-        raise CocoaError(f"{name} has no images (files found: {kinds}); a row is an image and a text of one name.")
+        raise CocoaError(f"{name} has no images (files found: {kinds}); a row is an image and a text of the same name.")
     return table
 
 
 def _with_one_image(table: ArrowTable) -> ArrowTable:
-    """Return shards without empty columns of images, and with a column ``image`` unless only a usual one is left."""
+    """Drop empty image columns, and add a column ``image`` unless only one of ``SHARD_IMAGES`` is left."""
     suffixes = [column for column in table.columns if column in WebDataset.IMAGE_EXTENSIONS]
     empty = [suffix for suffix in suffixes if table.dataset.data.column(suffix).null_count == len(table)]
     used = [suffix for suffix in dict.fromkeys((*SHARD_IMAGES, *suffixes)) if suffix in {*suffixes} - {*empty}]
@@ -182,9 +182,9 @@ def _with_one_image(table: ArrowTable) -> ArrowTable:
 
 
 def _shard_features(shard: Place) -> datasets.Features | None:
-    """Return the columns of a shard of images and texts, and all usual ones of images; None if it has other files.
+    """Return the features of a shard of images and texts, with all usual image columns; None if it has other files.
 
-    Without them, ``datasets`` refuses all shards where one of the first samples lacks a file.
+    Without given features, ``datasets`` refuses all shards if one of the first samples lacks a file.
     """
     with open_binary(shard) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
         names = [member.name for member in islice(archive, SHARD_MEMBERS) if member.isfile()]
@@ -192,21 +192,21 @@ def _shard_features(shard: Place) -> datasets.Features | None:
     images = suffixes & {*WebDataset.IMAGE_EXTENSIONS}
     if not images or suffixes - images != {"txt"}:
         return None
-    suffixes |= {*SHARD_IMAGES}  # some may come later
+    suffixes |= {*SHARD_IMAGES}  # later samples may have them
     kinds = {suffix: datasets.Value("string") if suffix == "txt" else datasets.Image() for suffix in sorted(suffixes)}
     return datasets.Features({**kinds, "__key__": datasets.Value("string"), "__url__": datasets.Value("string")})
 
 
 def _open_files(builder: str, paths: Sequence[Place], features: datasets.Features | None = None) -> ArrowTable:
     files = [str(path.absolute() if isinstance(path, Path) else path) for path in paths]
-    # It takes names for patterns, but on the web, where a question mark is none.
+    # ``datasets`` treats local names as patterns; in a web address, a question mark is not a wildcard.
     files = [file if is_web(file) else glob.escape(file) for file in files]
     dataset = _load(builder, data_files=files, split="train", features=features)
     return ArrowTable(printable(paths[0]), dataset.with_format("arrow"), (builder, *map(str, paths)))
 
 
 def open_data_set(name: str, config: str | None, splits: Sequence[str]) -> ArrowTable:
-    """Open a data set of the hub, or of a folder that ``datasets`` reads or wrote.
+    """Open a data set from the hub, or from a folder that ``datasets`` reads or wrote.
 
     :param splits: The first of these that the data set has is opened.
     :raises CocoaError: If it cannot be loaded, or has none of the splits.
@@ -257,5 +257,5 @@ def _load_data_set(name: str, config: str | None, split: str) -> datasets.Datase
 def _load(*arguments: Any, **options: Any) -> datasets.Dataset:
     try:
         return datasets.load_dataset(*arguments, **options)
-    except DatasetGenerationError as error:  # its message says nothing
+    except DatasetGenerationError as error:  # its own message does not say why
         raise DatasetsError(one_line(error.__cause__ or error)) from error

@@ -1,4 +1,4 @@
-"""From the columns of a table to rows: a query, its positive and its negatives."""
+"""Turn the columns of a table into rows: a query, its positive and its negatives."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ KNOWN_LAYOUTS = (
     {"query_text": "caption", "positive_image": "image"},
     *({"query_text": "txt", "positive_image": column} for column in ("image", *SHARD_IMAGES)),
 )
-"""The columns of parts in common data sets."""
+"""The columns that hold the parts in common data sets."""
 
 SIDES: tuple[Side, ...] = ("query", "positive")
 
@@ -78,11 +78,11 @@ class RowReader:
     """Turns a table's values into rows.
 
     :param mapping: The column of each part, from ``map_columns``.
-    :param images: The folder of relative image paths; None refuses them.
+    :param images: The folder that relative image paths start from; None refuses such paths.
     :param clean: Applied to every text and instruction, if given.
     :param split: Applied to the texts of a table without columns of instructions, if given.
-    :param instructions: The instruction of each row, by side; a column of instructions replaces it. Negatives have that
-        of their positive.
+    :param instructions: The instruction of each row, by side; a column of instructions replaces it. Negatives have the
+        instruction of their positive.
     :param must_exist: Whether a missing image is an error.
     """
 
@@ -112,7 +112,7 @@ class RowReader:
         texts, images = (_as_list(values.get(self.mapping.get(part, ""))) for part in NEGATIVE_PARTS)
         if texts and images and len(texts) != len(images):
             raise RowError(source, f"it has {len(texts)} negative texts and {len(images)} negative images; expected "
-                           "as many of one as of the other")  # fmt: skip
+                           "the same number of both")  # fmt: skip
         negatives = (self._item("positive", text, image, values, source) for text, image in zip_longest(texts, images))
         return Row(query, positive, source, tuple(item for item in negatives if item is not None), self.subset)
 
@@ -177,6 +177,6 @@ def _is_empty(value: object) -> bool:
 
 
 def _as_list(value: object) -> list[object]:
-    """Return several values as they are, one as a list, and none as an empty list."""
+    """Return a list as it is, a single value as a list of one, and empty values as an empty list."""
     values = value if isinstance(value, list) else [value]
     return [] if all(map(_is_empty, values)) else values

@@ -1,4 +1,4 @@
-"""Reads the captions of an image folder: from a metadata file, or from text files beside the images."""
+"""Read the captions of an image folder: from a metadata file, or from text files next to the images."""
 
 import os
 import re
@@ -24,19 +24,19 @@ TEXT_COLUMNS = ("text", "caption")
 """The columns that may hold the caption; the first with a value does, then the list ``captions``."""
 
 RowChoice: TypeAlias = CaptionChoice | Literal["questions"]
-"""Which rows training makes of an image: of captions, or of each entry of the column ``questions``."""
+"""Which rows training makes from an image: from its captions, or from each entry of the column ``questions``."""
 
 TEXT_SUFFIXES = (".txt", ".caption")
-"""The suffixes of a text file beside an image, of the same name, that holds its caption."""
+"""The suffixes of a text file next to an image, of the same name, that holds its caption."""
 
 TEXT_NAME = re.compile(rf"({'|'.join(map(re.escape, TEXT_SUFFIXES))})\Z", re.IGNORECASE)
 """Matches the end of such a file's name."""
 
 MAX_TEXT_BYTES = 2**16
-"""Larger text files beside images are no captions."""
+"""Larger text files next to images are not taken for captions."""
 
 UNREAD_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
-"""The suffixes of other tables, whose presence a message mentions where metadata are missing."""
+"""The suffixes of other tables; if metadata are missing, a message points out such a table."""
 
 UNREAD_TABLE = re.compile(r"(metadata|captions?|annotations?|labels?)\.(json|xlsx?|ya?ml|xml)$", re.IGNORECASE)
 """Matches the names of files that nearly certainly describe images, in formats that are not read."""
@@ -73,7 +73,7 @@ class DescribedImage(NamedTuple):
 
     @property
     def others(self) -> dict[str, Any]:
-        """The columns besides those of the file and the text, and without other texts that are blank."""
+        """The columns other than those of the file and the text, without blank texts."""
         used = (self.file_column, self.text_column)
         return {name: value for name, value in without_blank_texts(self.columns).items() if name not in used}
 
@@ -108,7 +108,7 @@ class DescribedImage(NamedTuple):
 
     @property
     def questions(self) -> list[tuple[str, str]]:
-        """The entries of the column ``questions``: a question and its answer each.
+        """The entries of the column ``questions``, as pairs of a question and its answer.
 
         :raises RowError: If it is not a list of objects with both.
         """
@@ -139,7 +139,7 @@ def without_blank_texts(columns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_metadata(folder: Path) -> Path:
-    """Return the metadata file of an image folder, or the folder itself if text files beside its images describe them.
+    """Return the metadata file of an image folder, or the folder itself if text files next to its images describe them.
 
     :raises CocoaError: If the folder does not exist, has several of ``METADATA_FILES``, or has no captions.
     """
@@ -153,8 +153,8 @@ def find_metadata(folder: Path) -> Path:
         return folder
     others = " or ".join(METADATA_FILES[1:])
     raise CocoaError(
-        f"{name} has no {METADATA_FILE} (nor {others}), and no text file beside an image; "
-        + (unread_table(os.listdir(folder)) or "write one JSON object a line, with file_name and text.")
+        f"{name} has no {METADATA_FILE} (nor {others}), and no text file next to an image; "
+        + (unread_table(os.listdir(folder)) or "write one JSON object per line, with file_name and text.")
     )
 
 
@@ -186,7 +186,7 @@ def unread_table(names: Iterable[str]) -> str | None:
     table = next((name for name in ordered if name.lower().endswith(UNREAD_SUFFIXES)), None)
     if table is None:
         other = next(filter(UNREAD_TABLE.match, ordered), None)
-        return other and f"{other!a} is not read: write it as {METADATA_FILE}, one JSON object a line."
+        return other and f"{other!a} is not read: write it as {METADATA_FILE}, one JSON object per line."
     suffix = os.path.splitext(table)[1].lower().replace(".tsv", ".csv")
     return f"{table!a} is not read: if it describes the images, call it metadata{suffix}."
 
@@ -195,7 +195,7 @@ def read_metadata(metadata: Path, must_exist: bool = True) -> Iterator[Described
     """Yield the rows of a metadata file in order, or the errors of rows that cannot be used.
 
     :param metadata: The file, as from ``find_metadata``; names are relative to its folder. A folder: its images with
-        the text files beside them.
+        the text files next to them.
     :param must_exist: Whether a missing image is an error.
     :raises CocoaError: If the file cannot be read.
     """
@@ -237,14 +237,14 @@ def _found(columns: Iterable[str]) -> str:
 
 
 def _read_texts(folder: Path) -> Iterator[DescribedImage | RowError]:
-    """Yield the images of a folder and its subfolders with the text files beside them."""
+    """Yield the images of a folder and its subfolders with the text files next to them."""
     for image in (path.absolute() for path in find_images([folder])):
         text = text_beside(image)
         try:
             caption = None if text is None else read_text(text)
             if caption is None:
                 raise RowError(
-                    printable(image), f"has no caption in {image.stem}.txt beside it; write one, or remove it"
+                    printable(image), f"has no caption in {image.stem}.txt next to it; write one, or remove it"
                 )
             yield DescribedImage(printable(str(text)), image, {"text": caption})
         except RowError as error:
@@ -252,7 +252,7 @@ def _read_texts(folder: Path) -> Iterator[DescribedImage | RowError]:
 
 
 def text_beside(image: Path) -> Path | None:
-    """Return the text file beside an image that holds its caption, if there is one, with its suffix in either case."""
+    """Return the text file next to an image that holds its caption, if any, whatever the case of its suffix."""
     names = _text_names(image.parent)
     found = (names.get(image.with_suffix(suffix).name) for suffix in TEXT_SUFFIXES)
     return next((image.with_name(name) for name in found if name is not None), None)
@@ -260,13 +260,13 @@ def text_beside(image: Path) -> Path | None:
 
 @cached_by_folder
 def _text_names(folder: Path) -> dict[str, str]:
-    """Return the names of the text files of a folder by these names with the suffix in lower case."""
+    """Return the names of a folder's text files, keyed by the same name with its suffix in lower case."""
     names = sorted(filter(TEXT_NAME.search, os.listdir(folder)))
     return {stem + suffix.lower(): name for name in names for stem, suffix in [os.path.splitext(name)]}
 
 
 def read_text(path: Path) -> str | None:
-    """Read the caption in a text file beside an image; None if it has no letters, as an object detector's boxes.
+    """Read the caption in a text file next to an image; None if it has no letters, like object detection boxes.
 
     :raises RowError: If it cannot be read, is too large, or is not UTF-8.
     """

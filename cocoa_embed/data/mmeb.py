@@ -68,7 +68,7 @@ PUBLISHED: dict[str, tuple[float | None, ...]] = {
 
 
 def default_train_subsets(mmeb: str) -> tuple[str, ...]:
-    """Return the subsets of an ``mmeb`` source by default: all, or none for a folder that is itself a subset."""
+    """Return the default subsets of an ``mmeb`` source: all, or none for a folder that is itself a subset."""
     return () if any(Path(mmeb).glob("*.parquet")) else TRAIN_SUBSETS
 
 
@@ -76,7 +76,7 @@ IMAGE_TOKEN = re.compile(r"\s*<\|image_1\|>\s*")
 """The place of the image in a text; our template puts images first, so it is removed with the space around it."""
 
 IMAGELESS_QUERY = re.compile(r"\s*<\|image_1\|>\s*Find a (Wikipedia image that answers|news image that matches)")
-"""How WebQA's and EDIS's queries begin: they have the image token, and no image."""
+"""How WebQA's and EDIS's queries begin: they have the image token, but no image."""
 
 
 def without_image_token(text: str, has_image: bool, source: str) -> str:
@@ -85,7 +85,7 @@ def without_image_token(text: str, has_image: bool, source: str) -> str:
     :raises RowError: If the text has the token but no image, unless it is a query that is published like this.
     """
     if not has_image and IMAGE_TOKEN.search(text) and not IMAGELESS_QUERY.match(text):
-        raise RowError(source, f"{shortened(text)} holds <|image_1|>, but there is no path of an image")
+        raise RowError(source, f"{shortened(text)} holds <|image_1|>, but the row has no image path")
     return IMAGE_TOKEN.sub(" ", text).strip()
 
 
@@ -126,7 +126,7 @@ def split_instruction(subset: str, side: Literal["query", "target"], text: str) 
 
     :param subset: Its name in MMEB-train or in MMEB-V1.
     :param side: ``target`` for positives, negatives and candidates.
-    :param text: Without the image token.
+    :param text: The text without the image token.
     :returns: The instruction with the space that follows it, and the content; None for an empty part. A text that does
         not begin with an instruction of its subset and side is all content.
     """

@@ -67,14 +67,14 @@ def remote_places(pattern: str) -> list[str]:
         try:
             system.info(path)
         except FileNotFoundError as error:
-            if error.__cause__ is not None:  # over http, anything that goes wrong
+            if error.__cause__ is not None:  # over http, any failure raises a FileNotFoundError
                 raise error.__cause__ from None
             return []
         return [pattern]
 
 
 def version_of(place: Place) -> tuple[str, ...]:
-    """Return a file's name with what changes when the file does: its size and date, or the file system's key of both.
+    """Return a file's name with values that change when it does: its size and mtime, or the file system's key for both.
 
     :raises CocoaError: If it cannot be read.
     """
@@ -83,7 +83,7 @@ def version_of(place: Place) -> tuple[str, ...]:
             found = os.stat(place)
             return str(place.absolute()), str(found.st_size), str(found.st_mtime_ns)
         system, path = file_system(place)
-        # Over http, the file system's key is that of the address alone.
+        # Over http, the file system's key depends on the address alone.
         return place, str(system.info(path)) if is_web(place) else system.ukey(path)
 
 
@@ -94,7 +94,7 @@ def modified_at(place: Place) -> float:
             return os.stat(place).st_mtime
         system, path = file_system(place)
         return mtime_of(system.info(path))
-    except Exception:  # noqa: BLE001 - reading the file says what is wrong
+    except Exception:  # noqa: BLE001 - reading the file reports what is wrong
         return 0.0
 
 
@@ -102,9 +102,9 @@ def is_gone(address: str) -> bool:
     """Return whether there is certainly no file at a remote address; False if its file system does not answer."""
     try:
         system, path = file_system(address)
-        system.info(path)  # of the listing, if there is one
+        system.info(path)  # from the cached listing, if there is one
     except FileNotFoundError as error:
-        return error.__cause__ is None  # over http, anything that goes wrong
+        return error.__cause__ is None  # over http, any failure raises a FileNotFoundError
     except Exception:  # noqa: BLE001 - it cannot be checked
         return False
     return False
@@ -131,7 +131,7 @@ def file_system(address: str) -> tuple[Any, str]:
 
 
 def _options(place: str) -> dict[str, Any]:
-    """Return the options of a file system: over http, a limit for a server that does not answer."""
+    """Return the options of a file system: over http, a timeout."""
     if not is_web(place):
         return {}
     timeout = require("aiohttp", "train").ClientTimeout(sock_connect=ANSWER_SECONDS, sock_read=ANSWER_SECONDS)

@@ -19,7 +19,7 @@ class ImageTable(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the table."""
+        """A string that changes when the table does."""
         ...
 
     def row_name(self, row: int) -> str:
@@ -108,7 +108,7 @@ class Item:
         return replace(self, images=tuple(folder / i if isinstance(i, Path) else i for i in self.images))
 
     def load(self) -> dict[str, Any]:
-        """Return what a SentenceTransformer takes as input, with images decoded: one image as it is, several in a list.
+        """Return the item as input of a SentenceTransformer, its images decoded: one image as it is, several in a list.
 
         :raises ImageError: If an image cannot be used.
         """
@@ -153,12 +153,12 @@ class Row:
         return tuple(image for item in self.items() for image in item.images)
 
     def reversed(self) -> Row:
-        """Return the row with query and positive exchanged, without the negatives, which are the query's."""
+        """Return the row with query and positive exchanged, without the negatives, which belong to the query."""
         return replace(self, query=self.positive, positive=self.query, negatives=())
 
 
 def check_unicode(text: str, source: str) -> str:
-    """Return a text as it is.
+    """Return a text unchanged.
 
     :raises RowError: If it is not valid Unicode, which tokenizers refuse.
     """

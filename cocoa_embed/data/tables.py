@@ -46,7 +46,7 @@ class Table(Protocol):
 
 @dataclass(frozen=True)
 class TextTable:
-    """The rows of a JSONL or CSV file, which is read anew whenever they are.
+    """The rows of a JSONL or CSV file, which is read again each time.
 
     :param entries: Reads the file, given the columns that may hold lists.
     """
@@ -159,9 +159,9 @@ def _read_header(path: Place, encoding: str) -> list[str]:
 
 
 def _csv_cells(lines: Iterator[str]) -> Iterator[list[str]]:
-    """Yield the cells of each line, separated by what separates those of the first line.
+    """Yield the cells of each line, split at the delimiter of the first line.
 
-    :raises ValueError: If quotes are not closed, or not doubled inside of a cell: where it ends is unknown.
+    :raises ValueError: If a quote is not closed, or not doubled inside a cell: the end of the cell is unknown.
     """
     header = next(lines, "")
     reader, start = csv.reader(chain([header], lines), delimiter=max(DELIMITERS, key=header.count), strict=True), 1
@@ -170,7 +170,7 @@ def _csv_cells(lines: Iterator[str]) -> Iterator[list[str]]:
             yield cells
             start = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"line {start}: {error}; inside of a cell in quotes, write each quote twice") from error
+        raise ValueError(f"line {start}: {error}; inside a quoted cell, write each quote twice") from error
 
 
 def _read_csv(path: Place, encoding: str, lists: Collection[str]) -> Iterator[Entry]:

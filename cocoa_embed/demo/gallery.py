@@ -1,4 +1,4 @@
-"""Searches the indexed scenes by text, by image, by both, and through LlamaIndex."""
+"""Search the indexed scenes by text, by image, by both, and through LlamaIndex."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ Hit = tuple[str, float, str]
 
 
 def answer_queries(indexer: QdrantIndexer, rows: Sequence[Row]) -> list[Search]:
-    """Make three searches of each kind for ``rows``, images with captions that ``indexer`` holds.
+    """Run three searches of each kind for ``rows``, captioned images in the collection of ``indexer``.
 
     LlamaIndex searches for the same texts as the text search.
     """

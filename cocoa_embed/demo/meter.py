@@ -32,6 +32,6 @@ class Meter:
 
 
 def peak_memory_bytes() -> int:
-    """Return the most resident memory this process has had, in bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

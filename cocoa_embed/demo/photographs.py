@@ -1,4 +1,4 @@
-"""The demo's data from a folder of captioned photographs, and what a model found among them, in words."""
+"""Prepare the demo's data from a folder of captioned photographs, and put a model's scores into words."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ HIT = "hit@10"
 
 
 def read_photographs(folder: Path, captions: CaptionChoice) -> list[DescribedImage]:
-    """Return the captioned images of a folder; none is opened.
+    """Return the captioned images of a folder, without opening any.
 
     :raises CocoaError: If the folder or its captions are missing, or there are fewer than ``FEWEST``.
     :raises RowError: If a row of its metadata cannot be used.
@@ -35,8 +35,8 @@ def read_photographs(folder: Path, captions: CaptionChoice) -> list[DescribedIma
         images.setdefault(image.path, image)
     if len(images) < FEWEST:
         raise CocoaError(
-            f"{printable(folder)} has {len(images)} captioned images; the demo takes {FEWEST} or more, to train on some"
-            " and measure on the others."
+            f"{printable(folder)} has {len(images)} captioned images; the demo needs at least {FEWEST}, to train on"
+            " some and measure on the others."
         )
     return list(images.values())
 
@@ -44,9 +44,9 @@ def read_photographs(folder: Path, captions: CaptionChoice) -> list[DescribedIma
 def split_photographs(folder: Path, captions: CaptionChoice, out: Path) -> tuple[dict[str, int], list[str]]:
     """Write the image folders ``train`` and ``held-out``, with links to the photographs or copies of them.
 
-    The split of a photograph depends on the bytes of its file alone, so that copies of it are in the same one.
+    The split of a photograph depends only on the bytes of its file, so that copies of it are in the same split.
 
-    :returns: How many photographs each has, and a sentence for each that cannot be used and is in neither.
+    :returns: How many photographs each folder has, and a sentence for each unusable photograph, which is in neither.
     :raises CocoaError: As ``read_photographs`` does, or if too few can be used.
     """
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "held-out": []}
@@ -67,7 +67,7 @@ def split_photographs(folder: Path, captions: CaptionChoice, out: Path) -> tuple
     if min(map(len, rows.values())) < 2:
         raise CocoaError(
             f"{printable(folder)} has {len(rows['train'])} usable photographs to train on and"
-            f" {len(rows['held-out'])} to measure on; give more, and different ones. {' '.join(faults[:1])}".rstrip()
+            f" {len(rows['held-out'])} to measure on; give more, all different. {' '.join(faults[:1])}".rstrip()
         )
     for name, of_split in rows.items():
         lines = "".join(f"{json.dumps(row)}\n" for row in of_split)
@@ -76,19 +76,19 @@ def split_photographs(folder: Path, captions: CaptionChoice, out: Path) -> tuple
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make ``target`` a hard link to a file, or a copy where there can be none."""
+    """Make ``target`` a hard link to a file, or a copy where a link is not possible."""
     try:
-        os.link(source.resolve(), target)  # of a symbolic link, the file: a relative one leads nowhere from here
+        os.link(source.resolve(), target)  # resolved, as a relative symbolic link would lead nowhere from here
     except OSError:  # on another disk, or where files cannot be linked
         shutil.copyfile(source, target)
 
 
 def findings(scores: Mapping[str, Any], parameters: int, training: int) -> Sequence[str]:
-    """Return what a model can do, against chance and against contrastive learning alone, in sentences.
+    """Return sentences that compare a model with chance and with contrastive learning alone.
 
-    :param scores: Of ``evaluate_pairs``, with a second model.
-    :param parameters: Of the model.
-    :param training: Photographs that it was trained on.
+    :param scores: From ``evaluate_pairs``, with a second model.
+    :param parameters: The number of the model's parameters.
+    :param training: The number of photographs that it was trained on.
     """
     sentences = [f"The model has {parameters / 1e6:.1f} million parameters and was trained on {training} photographs."]
     for way, metrics in scores["subsets"].items():
@@ -97,8 +97,8 @@ def findings(scores: Mapping[str, Any], parameters: int, training: int) -> Seque
         counts, query = scores["counts"][way], way.partition("_")[0]
         sentences.append(
             f"{way.replace('_', ' ').capitalize()}: {metrics[HIT]:.1%} ({low:.1%} to {high:.1%}) of"
-            f" {counts['queries']} {query}s find a right answer among the first 10 of {counts['documents']}, in random"
-            f" order {chance:.1%}: {verdict}."
+            f" {counts['queries']} {query}s find a right answer among the first 10 of {counts['documents']}; a random"
+            f" order, {chance:.1%}: {verdict}."
         )
         found = scores["comparison"][way][HIT]
         sentences.append(

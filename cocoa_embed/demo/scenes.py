@@ -1,10 +1,10 @@
-"""Draws scenes of coloured shapes and describes them: the demo's images and captions.
+"""Draw scenes of coloured shapes and describe them: the demo's images and captions.
 
 A scene is a background and two or three objects in different cells of a 2 x 2 grid. There are 6 096 384 scenes: all
 choices of shape, colour, size and place of every object and of the background. A caption describes its scene
 completely, in one of ``WORDINGS``.
 
-The split of a scene depends on its content alone (``split_of``), so that training sets and held-out sets of any seeds
+The split of a scene depends only on its content (``split_of``), so that training sets and held-out sets of any seeds
 have no scene in common.
 """
 
@@ -83,7 +83,7 @@ def sample_scene(generator: random.Random, split: Split) -> Scene:
 
 
 def distinct_scenes(generator: random.Random, split: Split) -> Iterator[Scene]:
-    """Yield distinct scenes of ``split`` without end."""
+    """Yield distinct scenes of ``split``, endlessly."""
     seen: set[Scene] = set()
     while True:
         scene = sample_scene(generator, split)

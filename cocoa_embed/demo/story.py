@@ -1,4 +1,4 @@
-"""The demo: takes photographs or draws scenes, trains three stages, exports, evaluates, indexes, searches, reports."""
+"""The demo: take photographs or draw scenes, train three stages, export, evaluate, index, search and report."""
 
 import json
 import time
@@ -41,10 +41,10 @@ class Demo:
     :param out: The folder of the exported model.
     :param work: The folder of everything else: ``data``, ``runs``, ``index``, ``results.json`` and ``report.html``.
     :param recipe: A recipe's name or file; its data are the images of the demo.
-    :param training_images: The number of scenes to train on; with ``photos``, of photographs, once they are split.
-    :param held_out_images: The number of others to evaluate retrieval on.
+    :param training_images: The number of scenes to train on; with ``photos``, of photographs, set by the split.
+    :param held_out_images: The number of held-out images to evaluate retrieval on; with ``photos``, set by the split.
     :param photos: A folder of captioned photographs to take instead of drawn scenes.
-    :param captions: Which texts of a photograph are used.
+    :param captions: Which texts of a photograph to use.
     :param backbone: A folder or name to start from instead of the recipe's.
     """
 
@@ -64,7 +64,8 @@ class Demo:
         :returns: What ``results.json`` holds: ``text_to_image`` and ``image_to_text`` (recall@1/5/10 and mrr on
             held-out scenes), ``contrastive_only`` with the same keys, ``seconds`` and ``peak_memory_bytes`` by part
             and ``total``, ``indexed`` and ``seed``.
-        :raises CocoaError: If ``out`` or ``work`` holds something else, or they lie inside each other.
+        :raises CocoaError: If ``out`` or ``work`` holds something else.
+        :raises UsageError: If one of them lies inside the other.
         """
         started = time.perf_counter()
         console, meter = Console(stderr=True), Meter()
@@ -159,9 +160,9 @@ class Demo:
         save_sentence_transformer(model, self.out, training)
 
     def _index_and_search(self, held_out: list[Row]) -> tuple[list[Search], int]:
-        # From here on only what a user has: the exported folder.
+        # From here on, use only what a user has: the exported folder.
         exported = SentenceTransformer(str(self.out), local_files_only=True)
-        named = Encoder(exported, str(self.out.absolute()))  # by which `cocoa-embed serve` finds it
+        named = Encoder(exported, str(self.out.absolute()))  # `cocoa-embed serve` finds the model by this name
         with QdrantIndexer(named, path=self.work / "index", collection="held-out") as indexer:
             summary = indexer.index(self.work / "data" / "held-out")
             return answer_queries(indexer, held_out), summary.indexed
@@ -169,13 +170,13 @@ class Demo:
     def _notes(self, scores: dict[str, Any], model: SentenceTransformer) -> list[str]:
         notes = [
             "Contrastive only: the same backbone, pairs, contrastive steps and learning rate, without the two "
-            "reconstruction stages. It had less compute: this page does not show its scores with as much, nor at the "
-            "learning rate that is best for it.",
+            "reconstruction stages. It had less compute: this page does not show its scores at equal compute, nor at "
+            "the learning rate that is best for it.",
         ]
         if self.photos is None:
             notes.append(
-                "The model has 3 million parameters and has seen drawn scenes only. It finds a photograph's copies, "
-                "not its meaning."
+                "The model has 3 million parameters and has seen drawn scenes only. It finds copies of a photograph, "
+                "but knows nothing of its meaning."
             )
             return notes
         parameters = sum(each.numel() for each in model.parameters())

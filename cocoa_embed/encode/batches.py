@@ -35,7 +35,7 @@ class BatchLimits(NamedTuple):
 
     images: int
     tokens: int
-    """Visual tokens of the largest image, times the images: shorter sequences are padded to the longest."""
+    """Visual tokens of the largest image, times the number of images: shorter sequences are padded to the longest."""
     decoded_bytes: int
 
 
@@ -43,7 +43,7 @@ def token_counter(model: SentenceTransformer) -> CountTokens:
     """Return a function that counts an image's visual tokens.
 
     It is exact if the model's image processor counts patches, or its family is supported. Other models, such as CLIP
-    and SigLIP, turn every image into equally many tokens: for them the function returns 1.
+    and SigLIP, turn every image into the same number of tokens: for them the function returns 1.
     """
     with suppress(AttributeError, UsageError):  # no processor, or one without images, or of no supported model
         processor: Any = model.processor

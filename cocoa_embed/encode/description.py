@@ -1,6 +1,6 @@
-"""What an index has to know of a model, remembered in the cache by the state of the model's files.
+"""What an index needs to know about a model, cached by the state of the model's files.
 
-So a model that made a collection is recognized without loading it, and without importing torch.
+This way, a model that made a collection is recognized without loading it, and without importing torch.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from cocoa_embed.folders import cache_folder, write_atomically
 from cocoa_embed.model import fingerprint, loading
 
 ADAPTER_FILE = "adapter_config.json"
-"""The file in a folder whose weights are partly elsewhere."""
+"""The file that marks a folder whose weights are partly stored elsewhere."""
 
 HARMLESS = ("workers", "batch_tokens")
 """The options of ``load_encoder`` that do not change the description."""
 
 SOFTWARE = ("sentence-transformers", "transformers")
-"""The packages whose other versions may make another description of the same files."""
+"""The packages whose versions may change the description of the same files."""
 
 
 class Description(NamedTuple):
-    """A model as an index knows it."""
+    """What an index knows about a model."""
 
     fingerprint: str
-    """As ``model_fingerprint`` returns it."""
+    """The digest that ``model_fingerprint`` returns."""
     dimension: int
-    """Of the model's own embeddings, before any truncation."""
+    """The dimension of the model's own embeddings, before any truncation."""
     takes_images: bool
     takes_both: bool
-    """An image and a text as one input."""
+    """Whether it takes an image and a text as one input."""
     vectors: int = 1
-    """That the model makes of an input."""
+    """How many vectors the model makes of an input."""
 
 
 def describe(model: str | Path, options: Mapping[str, Any], load: Callable[[], Description]) -> Description:
-    """Return the description of a model: remembered if its files are as they were, else of the loaded model.
+    """Return the description of a model: from the cache if its files are unchanged, otherwise from the loaded model.
 
     :param model: A folder or a name on the hub.
-    :param options: Those of ``load_encoder``.
+    :param options: Options of ``load_encoder``.
     :param load: Loads the model and describes it.
     :raises CocoaError: If the model has to be loaded, and cannot be.
     """
@@ -61,11 +61,11 @@ def describe(model: str | Path, options: Mapping[str, Any], load: Callable[[], D
 
 
 def remembered_in(model: str | Path, options: Mapping[str, Any]) -> Path | None:
-    """Return the file of a description, in the cache.
+    """Return the file in the cache that holds a description.
 
-    Its name is a digest of size, mtime and ctime of all files of the model, and of what else a description depends on.
+    Its name is a digest of the size, mtime and ctime of all files of the model, and of all else that it depends on.
 
-    :returns: None for a model that depends on more than the files in its folder: an adapter, a linked folder, code of
+    :returns: None for a model that depends on more than the files in its folder: an adapter, a linked folder, code from
         the hub, other options.
     """
     given = {name: value for name, value in options.items() if value and name not in HARMLESS}
@@ -86,7 +86,7 @@ def remembered_in(model: str | Path, options: Mapping[str, Any]) -> Path | None:
 
 
 def states(*files: Path) -> Iterator[list[object]]:
-    """Yield the name of each file and what changes when its content does; copying mtime does not copy ctime."""
+    """Yield the name, size, mtime and ctime of each file; a copy that keeps the mtime still has another ctime."""
     for file in files:
         with suppress(FileNotFoundError):
             found = file.stat()
@@ -94,11 +94,11 @@ def states(*files: Path) -> Iterator[list[object]]:
 
 
 def snapshot_folder(name: str, revision: str | None) -> Path | None:
-    """Return the folder of a hub's model in the hub's cache, named by its commit; None if it cannot be found out."""
+    """Return the folder of a hub model in the hub's cache, named by its commit; None if it cannot be determined."""
     if not loading.is_hub_name(name):
         return None
     from huggingface_hub import hf_hub_download
 
-    with suppress(Exception):  # whatever is wrong, loading the model says so
+    with suppress(Exception):  # loading the model reports what is wrong
         return Path(hf_hub_download(name, loading.MODULES_FILE, revision=revision)).parent
     return None

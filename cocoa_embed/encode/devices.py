@@ -1,4 +1,4 @@
-"""One model on several devices: a process for each, and results as from one.
+"""Run one model on several devices, in one process each, with the results of a single device.
 
 The images are cut into chunks that do not depend on the number of devices, each chunk goes to the next free process,
 and the results keep the order of the input. So the embeddings are the same for one device and for many.
@@ -48,7 +48,7 @@ class Lane(NamedTuple):
 
 
 def read_devices(text: str) -> list[str]:
-    """Return the torch devices of a list such as ``cuda:0,cuda:1``; ``all`` are all CUDA devices.
+    """Return the torch devices of a list such as ``cuda:0,cuda:1``; ``all`` stands for all CUDA devices.
 
     :raises UsageError: If there is none.
     """
@@ -59,7 +59,7 @@ def read_devices(text: str) -> list[str]:
     else:
         names = [name for part in text.split(",") if (name := part.strip())]
     if not names:
-        raise UsageError(f"--devices {text} names no device that is here; give a list such as cuda:0,cuda:1, or cpu")
+        raise UsageError(f"--devices {text} names no available device; give a list such as cuda:0,cuda:1, or cpu")
     return names
 
 
@@ -68,7 +68,7 @@ def open_encoder(model: str | Path, device: str | None = None, devices: str | No
 
     :param device: The torch device; None takes the fastest.
     :param devices: A list for ``read_devices``, instead of ``device``.
-    :param options: ``dimension``, and those of ``load_encoder``.
+    :param options: ``dimension``, and options of ``load_encoder``.
     """
     if devices is None:
         return LazyEncoder(model, device, **options)
@@ -83,7 +83,7 @@ class Processes:
 
         :raises CocoaError: If one cannot load it.
         """
-        # A process that is forked from one that uses CUDA cannot use it; the fork server only imports.
+        # A process forked from one that uses CUDA cannot use CUDA; the fork server only imports.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, "sentence_transformers"])
         cores = max(1, available_cores() // len(devices))
@@ -115,10 +115,10 @@ class Processes:
         try:
             return _answer_of(lane, (method, wanted, arguments, options))
         finally:
-            self._free.put(lane)  # also after the end of its process, so that nobody waits for it
+            self._free.put(lane)  # even if its process has ended, so that no thread waits for it forever
 
     def close(self) -> None:
-        """End the processes: at once if they work, by themselves if they wait for a request."""
+        """End the processes: terminate them if any is busy, otherwise close their connections."""
         is_idle = self._free.qsize() == len(self.lanes)
         for lane in self.lanes:
             lane.connection.close() if is_idle else lane.process.terminate()
@@ -133,15 +133,15 @@ class DeviceEncoder(DeferredEncoder):
         """Name the model and the devices; nothing is started yet.
 
         :param model: A folder or a name on the hub, which every process loads.
-        :param devices: Torch devices; one that is named twice has two processes.
+        :param devices: Torch devices; one that is listed twice gets two processes.
         :param dimension: Truncate every embedding to this many dimensions.
-        :param options: Those of ``load_encoder``.
+        :param options: Options of ``load_encoder``.
         """
         super().__init__(model, dimension, options, partial(Processes, model, devices, options))
 
     @property
     def processes(self) -> Processes:
-        """The processes, which are started if they do not run.
+        """The processes, which are started if they are not running.
 
         :raises CocoaError: If one cannot load the model.
         """
@@ -194,7 +194,7 @@ class DeviceEncoder(DeferredEncoder):
 
 
 def cut(images: Iterable[tuple[Key, StreamSource]], most: int) -> Iterator[list[tuple[Key, StreamSource]]]:
-    """Yield images in lists of at most ``most``, and of little more than ``CHUNK_BYTES``."""
+    """Yield images in lists of at most ``most``, and of not much more than ``CHUNK_BYTES``."""
     chunk: list[tuple[Key, StreamSource]] = []
     size = 0
     for key, source in images:
@@ -220,7 +220,7 @@ def _answer_of(lane: Lane, request: object) -> Any:  # noqa: ANN401
         lane.process.join(timeout=5)
         raise CocoaError(
             f"the process for {lane.device} ended (exit status {lane.process.exitcode}), perhaps for lack of memory;"
-            " start again: what is stored is not embedded again"
+            " start again: what is already stored is not embedded again"
         ) from None
     if isinstance(answer, Exception):
         raise answer
@@ -230,8 +230,9 @@ def _answer_of(lane: Lane, request: object) -> Any:  # noqa: ANN401
 def serve(
     connections: Sequence[Connection], model: str | Path, device: str, options: dict[str, Any], cores: int
 ) -> None:
-    """Answer the requests of each connection until it is closed: the work of a process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one ends all
+    """Answer the requests of each connection until it is closed; this is the main function of each process."""
+    # Ctrl-C reaches every process of a terminal; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

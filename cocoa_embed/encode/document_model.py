@@ -49,7 +49,7 @@ class DocumentModel:
         self.is_on_cuda = model.device.type == "cuda"
 
     def prepare(self, inputs: Sequence[ModelInput]) -> Features:
-        """Preprocess a batch; for CUDA into memory that is copied while the model runs.
+        """Preprocess a batch; for CUDA, into pinned memory, which can be copied while the model runs.
 
         :param inputs: All with the same keys.
 

@@ -82,7 +82,7 @@ def check_dimension(name: str, dimension: int, most: int) -> None:
 class Encoder:
     """A model that several threads may share; it embeds one batch at a time.
 
-    With a model of several vectors, it returns the first of each input; ``truncate`` returns an encoder with more.
+    With a model of several vectors, it returns only the first of each input; ``truncate`` gives an encoder with more.
     """
 
     _vectors = 1
@@ -145,13 +145,13 @@ class Encoder:
         """Return an encoder of the same model with embeddings of another shape; both share the model's locks.
 
         :param dimension: The length of a vector; None for all values.
-        :param vectors: Of one vector, shape ``(inputs, dimension)``, or several, ``(inputs, vectors, dimension)``.
+        :param vectors: 1 gives embeddings of shape ``(inputs, dimension)``, more ``(inputs, vectors, dimension)``.
         :raises UsageError: If the model's embeddings have fewer dimensions or vectors.
         """
         if dimension is not None:
             check_dimension(self.name, dimension, self._model_dimension)
         if not 1 <= vectors <= (most := self.most_vectors):
-            raise UsageError(f"vectors is {vectors}, and {self.name} makes {most} of an input; give 1 to {most}")
+            raise UsageError(f"vectors is {vectors}, but {self.name} makes {most} per input; give 1 to {most}")
         return self._of_shape(dimension, vectors)
 
     def _of_shape(self, dimension: int | None, vectors: int) -> Self:
@@ -173,7 +173,7 @@ class Encoder:
 
     @property
     def description(self) -> Description:
-        """What an index has to know of the model."""
+        """What an index needs to know about the model."""
         takes = self.model.supports
         both = takes(("image", "text"))
         return Description(self.fingerprint, self._model_dimension, takes("image"), both, self.most_vectors)
@@ -181,7 +181,7 @@ class Encoder:
     def require_images(self, *, with_text: bool = False) -> None:
         """Check that the model takes images.
 
-        :param with_text: Whether it has to take an image and a text as one input, too.
+        :param with_text: Whether it must also take an image and a text as one input.
         :raises CocoaError: If it does not.
         """
         self._require(self.model.supports("image"), not with_text or self.model.supports(("image", "text")))
@@ -190,7 +190,9 @@ class Encoder:
         if not takes_images:
             raise CocoaError(f"{self.name} does not embed images; use a multimodal model")
         if not takes_both:
-            raise CocoaError(f"{self.name} does not embed an image together with a text; use --embed both (embed=)")
+            raise CocoaError(
+                f"{self.name} does not embed an image together with a text; use --embed both (embed= in Python)"
+            )
 
     def embed_queries(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed queries, with the model's query prompt.
@@ -202,7 +204,7 @@ class Encoder:
             return self._embed(self.model.encode_query, inputs, batch_size)
         except ValueError as error:
             # Processors refuse an image much longer than wide.
-            raise CocoaError(f"{self.name} does not take the query ({one_line(error)})") from error
+            raise CocoaError(f"{self.name} does not accept the query ({one_line(error)})") from error
 
     def embed_documents(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed documents, with the model's document prompt.
@@ -276,7 +278,7 @@ class Encoder:
             self._lock.release()
 
     def _literal(self, inputs: Sequence[ModelInput]) -> list[ModelInput]:
-        """Return inputs whose texts are read as their characters, by the templates of other models, too."""
+        """Return inputs in whose texts special tokens are read as plain characters, in other models' templates, too."""
         from transformers import PreTrainedTokenizerBase
 
         tokenizer = self.model.tokenizer
@@ -288,7 +290,7 @@ class Encoder:
     def _finish(self, embeddings: np.ndarray) -> np.ndarray:
         """Return embeddings as float32, truncated and normalised if this encoder has its own dimension.
 
-        :param embeddings: Array of shape ``(inputs, the model's dimension)``, or that of its vectors side by side.
+        :param embeddings: Array of shape ``(inputs, the model's dimension)``, or all vectors of an input concatenated.
         :return: Array of shape ``(inputs, dimension)``, or ``(inputs, vectors, dimension)`` if there are several.
         """
         embeddings = embeddings.astype(np.float32, copy=False)

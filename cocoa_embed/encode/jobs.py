@@ -29,7 +29,7 @@ class CaptionedImage(NamedTuple):
 StreamSource: TypeAlias = bytes | str | Path | Image.Image | CaptionedImage
 
 BYTES_PER_TOKEN = 3
-"""Of a text in UTF-8: less than tokenizers need, so that the tokens of a batch are not underestimated."""
+"""UTF-8 bytes per token of a text: a low estimate, so that the tokens of a batch are not underestimated."""
 
 REFUSALS = (ValueError, RuntimeError, ArithmeticError, MemoryError)
 """The errors of image processors and models for an image, or a batch, that they cannot take."""
@@ -44,13 +44,13 @@ class EmbeddedImage:
     """An image that was embedded."""
 
     vector: np.ndarray
-    """Shape ``(dimension,)``, or ``(vectors, dimension)`` of an encoder that gives several; float32."""
+    """Shape ``(dimension,)``, or ``(vectors, dimension)`` from an encoder that returns several; float32."""
     width: int
-    """In pixels, upright, before any resizing; so is ``height``."""
+    """In pixels, of the upright image before any resizing; so is ``height``."""
     height: int
     mime: str
     thumbnail: bytes | None
-    """A JPEG, if the caller wants one."""
+    """A JPEG, if the caller asked for one."""
 
 
 @dataclass(eq=False)
@@ -79,7 +79,7 @@ class ImageJob:
         self.source = None
 
     def refuse(self, error: Exception) -> None:
-        """Finish with the error of a processor or a model that does not take the image."""
+        """Finish with the error of a processor or a model that does not accept the image."""
         is_lasting = isinstance(error, (ValueError, ArithmeticError))
         kind = ImageError if is_lasting else TransientImageError
         self.finish(kind(self.name, f"cannot be embedded ({one_line(error)})"))

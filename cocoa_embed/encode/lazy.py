@@ -1,4 +1,4 @@
-"""Encoders that load their model at first use, and know its fingerprint and dimension without it."""
+"""Encoders that load their model at first use, and may know its fingerprint and dimension before that."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class DeferredEncoder(Encoder):
     ) -> None:
         """Name the model; nothing is loaded yet.
 
-        :param options: Those of ``load_encoder``.
-        :param start: Loads the model, and returns what embeds with it and has its ``description``.
+        :param options: Options of ``load_encoder``.
+        :param start: Loads the model, and returns the object that embeds with it and has its ``description``.
         """
         self.name = printable(model)
         self._dimension = dimension
@@ -47,13 +47,13 @@ class DeferredEncoder(Encoder):
         self._describe = partial(describe, model, options)
         self._lock = threading.Lock()
         self._started: list[Any] = []
-        """None or one; truncated encoders share the list."""
+        """What ``start`` returned, or nothing yet; truncated encoders share the list."""
         self._seconds: list[float] = []
         """How long each start took."""
 
     @property
     def started(self) -> Any:  # noqa: ANN401
-        """What embeds with the loaded model.
+        """The object that embeds with the loaded model.
 
         :raises CocoaError: If the model cannot be loaded.
         """
@@ -71,7 +71,7 @@ class DeferredEncoder(Encoder):
 
     @cached_property
     def description(self) -> Description:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """What an index has to know of the model; one that was described before is not loaded for it."""
+        """What an index needs to know about the model, which is loaded only if it was not described before."""
         return self._describe(lambda: self.started.description)
 
     @cached_property
@@ -100,15 +100,15 @@ class DeferredEncoder(Encoder):
         return self._dimension, self._vectors
 
     def truncate(self, dimension: int | None, vectors: int = 1) -> Self:
-        """Return an encoder of the same model with embeddings of another shape; its use refuses one that is too large.
+        """Return an encoder of the same model with embeddings of another shape; too large a shape fails at use.
 
         :param dimension: The length of a vector; None for all values.
-        :param vectors: How many.
+        :param vectors: The number of vectors.
         """
         return self._of_shape(dimension, vectors)
 
     def require_images(self, *, with_text: bool = False) -> None:
-        """Check that the model takes images, and a text with them if it has to."""
+        """Check that the model takes images and, ``with_text``, an image and a text as one input."""
         self._require(self.description.takes_images, not with_text or self.description.takes_both)
 
 
@@ -120,7 +120,7 @@ class LazyEncoder(DeferredEncoder):
     ) -> None:
         """Name the model; nothing is loaded yet.
 
-        :param options: Those of ``load_encoder``.
+        :param options: Options of ``load_encoder``.
         """
         super().__init__(model, dimension, options, partial(load_encoder, model, device, **options))
 

@@ -22,7 +22,7 @@ def load_encoder(model: str | Path, device: str | None = None, dimension: int | 
         scaled down instead of the model's own limit.
     :raises CocoaError: If the model cannot be loaded. A folder that is missing or broken is refused before any heavy
         library is imported.
-    :raises UsageError: If ``max_pixels`` cannot be its limit.
+    :raises UsageError: If the model does not support ``max_pixels``.
     """
     streaming = {name: options.pop(name) for name in ("workers", "batch_tokens") if name in options}
     pixels = options.pop("max_pixels", None)
@@ -33,10 +33,10 @@ def load_encoder(model: str | Path, device: str | None = None, dimension: int | 
 
         try:
             family_of_images(loaded.processor)
-        except (AttributeError, UsageError) as error:  # a model of texts may have no processor
+        except (AttributeError, UsageError) as error:  # a text-only model may have no processor
             families = ", ".join(sorted(FAMILIES))
             raise UsageError(
-                f"max_pixels is for models of {families}, and {printable(model)} is none; leave max_pixels out"
+                f"max_pixels works only for models of {families}, not for {printable(model)}; leave max_pixels out"
                 " (--max-pixels)"
             ) from error
         limit_images(loaded.processor, pixels)
@@ -53,7 +53,7 @@ def require_findable(name: str, owner: str) -> str:
     """
     if not (Path(name).expanduser().is_dir() or loading.is_hub_name(name)):
         raise CocoaError(
-            f"{owner} cannot go to another process, which would find no model {name!r}; give the folder or the hub name"
-            " that the loaded model is from as its name"
+            f"{owner} cannot be sent to another process, which would find no model {name!r}; name the loaded model"
+            " after the folder or the hub model that it was loaded from"
         )
     return name

@@ -46,7 +46,7 @@ MAX_WINDOW_BATCHES = 4
 
 
 def default_workers(*, is_on_cpu: bool) -> int:
-    """Return how many threads prepare images beside the model."""
+    """Return how many threads prepare images while the model runs."""
     cores = available_cores()
     return max(1, cores // CORES_PER_WORKER if is_on_cpu else min(MAX_WORKERS, cores - 1))
 
@@ -58,7 +58,7 @@ class ImageStream:
     model: DocumentModel
     images: Iterable[tuple[Any, StreamSource]]
     literal: Callable[[Sequence[ModelInput]], list[ModelInput]]
-    """Returns inputs whose texts are read as their characters."""
+    """Returns inputs in whose texts special tokens are read as plain characters."""
     turn: Callable[[], AbstractContextManager[None]]
     """Held while the model runs on a batch."""
     finish: Callable[[np.ndarray], np.ndarray]
@@ -144,7 +144,7 @@ class ImageStream:
         return self.model.prepare(self.literal(inputs)) if inputs else {}
 
     def _embed(self, jobs: list[ImageJob], prepare: Callable[[], Features]) -> None:
-        """Run the model on a batch; on its halves if the processor or the model does not take the whole."""
+        """Run the model on a batch; on its halves if the processor or the model refuses the whole."""
         try:
             features = prepare()
             jobs = [job for job in jobs if job.outcome is None]

@@ -1,4 +1,4 @@
-"""Scores models on MMEB-V1 and on pairs of queries and documents."""
+"""Score models on MMEB-V1 and on pairs of queries and documents."""
 
 BATCH_TOKENS = 16384
-"""The default of the most tokens in a batch, by ``embed.estimated_tokens``."""
+"""The default for the maximum tokens of a batch, as counted by ``embed.estimated_tokens``."""

@@ -1,4 +1,4 @@
-"""Embeds the items of an evaluation in batches; images are loaded a few batches ahead and then released."""
+"""Embed the items of an evaluation in batches; images are loaded a few batches ahead and then released."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def embed_items(
 ) -> np.ndarray:
     """Embed items with the model's query prompt or document prompt; images are loaded when their batch is made.
 
-    :param batch_tokens: The most tokens of a batch, by ``estimated_tokens``; a larger item is embedded alone.
+    :param batch_tokens: The maximum ``estimated_tokens`` of a batch; a larger item is embedded alone.
     :param progress: The label of a progress bar; None for no bar.
-    :returns: float32 ``[items, dimension]``; of a model of several vectors ``[items, vectors, dimension]``.
+    :returns: float32 ``[items, dimension]``; ``[items, vectors, dimension]`` for a model of several vectors.
     :raises ImageError: If an image cannot be used.
     :raises CocoaError: If the model refuses an item or an embedding is not finite; the message names the item.
     """
     encoder = encoder.truncate(encoder.dimension, encoder.most_vectors)
     vectors = np.zeros((len(items), *encoder.shape), dtype=np.float32)
-    # One kind and similar lengths together.
+    # Items of one kind and of similar lengths share batches.
     order = sorted(range(len(items)), key=lambda index: (sorted(items[index].parts), -len(items[index].text or "")))
     workers = max(1, available_cores() - 1)
     loading = read_ahead(lambda index: items[index].load(), order, workers=workers, ahead=IMAGES_AHEAD)
@@ -84,7 +84,7 @@ def batches(loaded: Iterable[tuple[int, ModelInput]], batch_tokens: int) -> Iter
 
 
 def estimated_tokens(item: ModelInput) -> int:
-    """Return about how many tokens an item becomes: one for 28 x 28 pixels and one for three bytes of text.
+    """Return roughly how many tokens an item becomes: one per 28 x 28 pixels and one per three bytes of text.
 
     Unlike ``token_counter`` it also bounds the memory of decoded images, for models that scale every image to one size.
     """
@@ -107,7 +107,7 @@ def _embed_batch(encoder: Encoder, batch: Sequence[tuple[Item, ModelInput]], rol
         vectors = embed([loaded for _, loaded in batch], batch_size=len(batch))
     except torch.OutOfMemoryError as error:
         raise CocoaError(
-            f"{len(batch)} items at once, {first} among them, do not fit into memory ({one_line(error)});"
+            f"{len(batch)} items at once, including {first}, do not fit into memory ({one_line(error)});"
             " give a smaller --batch-tokens"
         ) from error
     except (CocoaError, ValueError) as error:

@@ -7,14 +7,14 @@ from scipy.special import entr, logsumexp
 
 ALIGNMENT = "alignment"
 PAIR_RECALL = "pair_recall"
-"""Names of measures that training shows or asks for."""
+"""The names of the two measures that training refers to."""
 
 TIE = 1e-9
-"""Cosines that differ by less are equal: a matrix product rounds equal ones differently."""
+"""Cosines that differ by less count as equal: a matrix product may round equal ones differently."""
 
 
 def alignment(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
-    """Return the mean squared distance of pairs (Wang and Isola 2020, alpha 2), in [0, 4]; 0 where all are equal.
+    """Return the mean squared distance of pairs (Wang and Isola 2020, alpha 2), in [0, 4]; 0 if all pairs are equal.
 
     :param first: float ``[n, D]``; each row is paired with the same row of ``second``.
     :raises ValueError: If the shapes differ, there is no row, or a value is not finite.
@@ -25,7 +25,7 @@ def alignment(first: NDArray[np.floating], second: NDArray[np.floating]) -> floa
 def uniformity(embeddings: NDArray[np.floating]) -> float:
     """Return the log of the mean of ``exp(-2 d**2)`` over all pairs of different rows (Wang and Isola 2020, t 2).
 
-    It is in [-8, 0]: 0 where all embeddings are equal, -4 where any two are orthogonal. Memory grows with ``n**2``.
+    It is in [-8, 0]: 0 if all embeddings are equal, -4 if any two are orthogonal. Memory grows with ``n**2``.
 
     :param embeddings: float ``[n, D]``, two rows or more.
     :raises ValueError: If there are fewer, or a value is not finite.
@@ -47,8 +47,8 @@ def modality_gap(images: NDArray[np.floating], texts: NDArray[np.floating]) -> f
 def effective_rank(embeddings: NDArray[np.floating]) -> float:
     """Return the exponential of the entropy of the normalised singular values (Roy and Vetterli 2007).
 
-    It is about how many directions the embeddings use equally, from 1 to the smaller of ``n`` and ``D``. Embeddings are
-    not centred: a direction that all of them have in common counts.
+    It is roughly the number of directions that the embeddings use equally, from 1 to the smaller of ``n`` and ``D``.
+    Embeddings are not centred: a direction that all of them have in common counts.
 
     :param embeddings: float ``[n, D]``.
     :raises ValueError: If all are zero, there is no row, or a value is not finite.
@@ -62,7 +62,7 @@ def effective_rank(embeddings: NDArray[np.floating]) -> float:
 def pair_recall(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
     """Return recall@1 among the pairs, the mean of both directions, in [0, 1].
 
-    A tie is a miss, so that it is 0 where all embeddings are equal. Equal texts of two rows tie.
+    A tie is a miss, so that recall is 0 if all embeddings are equal. Equal texts of two rows tie.
 
     :param first: float ``[n, D]``, two rows or more; each is paired with the same row of ``second``.
     :raises ValueError: If the shapes differ, there are fewer rows, or a value is not finite.
@@ -85,11 +85,11 @@ def geometry(
     """Return the measures of pairs, by their names in the log.
 
     Uniformity is the mean over the two sides; the effective rank is that of both sides together. The modality gap is
-    between items with an image and items of text alone; it is left out if all items are of one kind.
+    between items with an image and text-only items; it is left out if all items are of one kind.
 
     :param first: float ``[n, D]``, two rows or more; each row is paired with the same row of ``second``.
     :param first_has_image: Which items of ``first`` have an image, alone or with a text; bool ``[n]``.
-    :param second_has_image: The same of ``second``.
+    :param second_has_image: The same for ``second``.
     :raises ValueError: If the widths differ, there are fewer than two pairs, or a value is not finite.
     """
     measures = {ALIGNMENT: alignment(first, second), "uniformity": (uniformity(first) + uniformity(second)) / 2}

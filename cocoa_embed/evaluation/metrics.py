@@ -1,4 +1,4 @@
-"""Retrieval metrics: pure functions of similarities and of ranks. Ranks begin at 1."""
+"""Retrieval metrics: pure functions of similarities and ranks. Ranks begin at 1."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,14 @@ METRICS = ("recall@1", "recall@5", "recall@10", "hit@1", "hit@5", "hit@10", "mrr
 CUT_OFFS = (1, 5, 10)
 
 DECIMALS = 9
-"""Cosines are rounded: the order in which BLAS adds changes the digits after these, also for equal embeddings."""
+"""Cosines are rounded to these: the order of BLAS's sums changes further digits, even for equal embeddings."""
 
 
 def cosine_similarities(queries: NDArray[np.floating], documents: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the cosine of each query with each document; equal embeddings get equal ones, a zero embedding gets 0.
+    """Return the cosine of each query with each document; equal embeddings have equal cosines, a zero embedding 0.
 
-    Of several vectors it is the mean, over the query's, of the best cosine to one of the document's (mean MaxSim).
+    For several vectors, it is the mean over the query's vectors of the best cosine to one of the document's (mean
+    MaxSim).
 
     :param queries: float ``[queries, dimension]``, or ``[queries, vectors, dimension]``.
     :param documents: float ``[documents, dimension]``, or ``[documents, vectors, dimension]``.
@@ -38,7 +39,7 @@ def ranks_of_relevant(similarities: NDArray[np.floating], relevant: NDArray[np.i
     A document that is not relevant ranks before a relevant one with the same score, so that a model whose embeddings
     are all equal gains nothing.
 
-    :param similarities: Of the query with each document, float ``[documents]``.
+    :param similarities: The query's similarity to each document, float ``[documents]``.
     :param relevant: Columns of the relevant documents, distinct, at least one; int ``[relevant]``.
     :raises ValueError: If none is relevant, or a similarity is not finite.
     """
@@ -56,9 +57,10 @@ def query_metrics(ranks: Sequence[NDArray[np.integer]]) -> dict[str, NDArray[np.
     """Return the metrics of each query by name: recall@k, hit@k and ndcg@k at ``CUT_OFFS``, and mrr.
 
     - recall@k: the ratio of the query's relevant documents among the first k.
-    - hit@k: 1 where any of them is among the first k, else 0; COCO and Flickr30k call it R@k.
+    - hit@k: 1 if any of them is among the first k, otherwise 0; COCO and Flickr30k call it R@k.
     - mrr: 1 / the rank of the best relevant document.
-    - ndcg@k: with relevance 0 or 1 (Järvelin and Kekäläinen 2002, discount log2(rank + 1)), of the best order's.
+    - ndcg@k: DCG with relevance 0 or 1 (Järvelin and Kekäläinen 2002, discount log2(rank + 1)) over that of the best
+      order.
 
     :param ranks: The ranks of each query's relevant documents, best first, from ``ranks_of_relevant``.
     :returns: float64 ``[queries]`` by name, in [0, 1]; their means are the metrics of all queries.

@@ -1,8 +1,8 @@
-"""Scores a model on MMEB-V1.
+"""Score a model on MMEB-V1.
 
 Precision@1 is the ratio of rows whose first candidate, the correct one, has the highest cosine of the row's candidates,
-as in VLM2Vec's ``eval.py``, with one difference: if another candidate has the same cosine, the row is wrong here and
-correct there. ``tied_rows`` counts these rows.
+as in VLM2Vec's ``eval.py``, with one difference: if another candidate has the same cosine, the row counts as wrong here
+and as correct there. ``tied_rows`` counts these rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCORING = 2
 """Increase it when scores are computed differently, so that cached results are not used."""
 
 METRICS = ("hit@1", "hit@5", "hit@10", "mrr", "ndcg@5", "ndcg@10")
-"""Reported beside precision@1, which is the same as hit@1."""
+"""The metrics reported in addition to precision@1, which equals hit@1."""
 
 
 def evaluate_mmeb(
@@ -42,7 +42,7 @@ def evaluate_mmeb(
     publish: Callable[[str, dict[str, Any]], None] = lambda line, document: None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Score a model on subsets. Each finished subset is cached, and not scored again.
+    """Score a model on subsets. The result of a finished subset is cached, so that it is not scored again.
 
     :param subsets: From ``MmebFolder.read_subsets``.
     :param publish: Called after each subset with a sentence about it and the summary of the subsets so far.
@@ -92,7 +92,7 @@ def score_subset(
     try:
         queries, targets = embed(data.queries, "query"), embed(data.targets, "document")
     except ImageError as error:
-        raise CocoaError(f"{data.name}: {error}; get the image again") from error
+        raise CocoaError(f"{data.name}: {error}; download the image again") from error
     ranks, is_tied = zip(*(_score_row(row, queries, targets) for row in data.rows), strict=True)
     metrics = query_metrics([np.array([rank]) for rank in ranks])
     return {
@@ -127,10 +127,10 @@ def summary(encoder: Encoder, results: Mapping[str, Mapping[str, Any]], not_run:
 
     :param results: From ``score_subset``, by subset.
     :param not_run: Why the other subsets were not run.
-    :returns: ``subsets``: metrics and counts by name. ``averages``: the mean precision@1 over the subsets that were
-        run, by ``AVERAGES``, None if none was; ``chance``: the same of random order. ``coverage``: for each average
-        ``run``, ``of`` and ``complete``, which is true if every subset of it was run on all its rows. ``not_run``:
-        reasons by name.
+    :returns: ``subsets``: metrics and counts by name. ``averages``: for each of ``AVERAGES``, the mean precision@1 over
+        the subsets that were run, None if none was; ``chance``: the same for a random order. ``coverage``: for each
+        average, ``run``, ``of``, and ``complete``, which is true if all of its subsets were run on all their rows.
+        ``not_run``: reasons by name.
     """
     averages: dict[str, float | None] = {}
     chance: dict[str, float | None] = {}

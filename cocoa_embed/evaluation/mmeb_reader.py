@@ -1,7 +1,8 @@
-"""Reads MMEB-V1 as published, ``TIGER-Lab/MMEB-eval``: a folder of Parquet files for each subset, and the images.
+"""Read MMEB-V1 as published, ``TIGER-Lab/MMEB-eval``: a folder of Parquet files for each subset, and the images.
 
 A row has ``qry_text``, ``qry_img_path`` and two lists of the same length, ``tgt_text`` and ``tgt_img_path``: its
-candidates, the first of which is correct. An empty path is no image. The benchmark's instruction is part of the text.
+candidates, the first of which is correct. An empty path means no image. The benchmark's instruction is part of the
+text.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class CandidateRow(NamedTuple):
 class SubsetData:
     """The rows of a subset, and their distinct queries and targets.
 
-    :param queries: Image paths are relative to the folder of images, here and in ``targets``.
+    :param queries: The distinct queries. Image paths are relative to the folder of images, here and in ``targets``.
     :param rows_in_data: The number of rows, including those beyond the limit.
     :param rows_merged: The number of rows in which a repeated target counts once.
     :param digest: A digest of the rows, and of the size and the modification time of each image.
@@ -68,9 +69,9 @@ class MmebFolder:
     """The public layout on disk.
 
     :param data: The folder that holds a folder for each subset.
-    :param images: The folder of the image paths.
-    :param limit: The most rows of each subset to read.
-    :param merge_repeated_targets: Count a target that a row lists twice once, instead of an error.
+    :param images: The folder that image paths are relative to.
+    :param limit: The maximum number of rows of each subset to read.
+    :param merge_repeated_targets: Count a target that a row lists twice once, instead of raising an error.
     """
 
     data: Path
@@ -81,7 +82,7 @@ class MmebFolder:
     def subsets(self, selected: Sequence[str] = ()) -> list[str]:
         """Return the selected subsets, or all that exist, in the benchmark's order.
 
-        :raises UsageError: If a selected name is no subset of MMEB-V1.
+        :raises UsageError: If a selected name is not a subset of MMEB-V1.
         :raises CocoaError: If a selected subset or a folder is missing, or there is no subset.
         """
         for name in selected:
@@ -102,14 +103,14 @@ class MmebFolder:
         return [name for name in found if name in selected or not selected]
 
     def read_subsets(self, selected: Sequence[str] = ()) -> list[SubsetData]:
-        """Read the selected subsets, or all that exist, so that errors in the data show before hours of work.
+        """Read the selected subsets, or all that exist, so that errors in the data appear before hours of work.
 
         :raises CocoaError: If anything is wrong with the data.
         """
         return [self.read(name) for name in self.subsets(selected)]
 
     def read(self, name: str) -> SubsetData:
-        """Read a subset and look for its images, which are not opened.
+        """Read a subset and check that its images exist, without opening them.
 
         :raises CocoaError: If a file or a row is malformed, or an image is missing; the message says which.
         """
@@ -148,14 +149,14 @@ class MmebFolder:
         if missing:
             raise CocoaError(
                 f"{len(missing)} images of {name} are not in {printable(self.images)}, the first is {missing[0]!r};"
-                " get them, or give the folder of these paths as --images"
+                " download them, or give the folder that these paths start from as --images"
             )
         status = (None if file is None else file.stat() for file in files)
         return [each and (each.st_size, each.st_mtime_ns) for each in status]
 
 
 class _Numbering:
-    """Numbers distinct items in their order."""
+    """Numbers distinct items in order of appearance."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -163,7 +164,7 @@ class _Numbering:
         self.number = cache(self._number)  # a subset has up to a million candidates
 
     def _number(self, text: str | None, path: str | None) -> int:
-        """Return the number of the item of two cells.
+        """Return the number of the item that two cells describe.
 
         :raises CocoaError: If the item is empty.
         """
@@ -182,7 +183,8 @@ def _subset_files(folder: Path) -> list[Path]:
     expected = max((int(shard["count"]) for file in files if (shard := SHARD.fullmatch(file.stem))), default=len(files))
     if len(files) != expected:
         raise CocoaError(
-            f"{printable(folder)} holds {len(files)} of {expected} Parquet files; download the others, or all again"
+            f"{printable(folder)} holds {len(files)} of {expected} Parquet files; download the others, or all of them"
+            " again"
         )
     return files
 
@@ -201,7 +203,7 @@ def _read_table(file: Path, table: Table) -> Iterator[tuple[str, Mapping[str, An
         are_lists = isinstance(texts, list) and isinstance(paths, list) and len(texts) == len(paths) > 0
         if not are_lists or not set(map(type, (*query, *texts, *paths))) <= {str, NoneType}:
             raise CocoaError(
-                f"{source}: expected qry_text and qry_img_path as texts, tgt_text and tgt_img_path as lists of as many"
-                f" texts, at least one; found {', '.join(map(shortened, (*query, texts, paths)))}"
+                f"{source}: expected qry_text and qry_img_path as texts, tgt_text and tgt_img_path as equally long"
+                f" lists of at least one text; found {', '.join(map(shortened, (*query, texts, paths)))}"
             )
         yield source, cells

@@ -1,4 +1,4 @@
-"""The results on MMEB-V1 as tables, beside the published ones."""
+"""The results on MMEB-V1 as tables, next to the published ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ABSENT = Score("–")
 
 
 def mmeb_tables(document: Mapping[str, Any]) -> list[Table]:
-    """Return the averages beside the published ones, and the scores of every subset, in percent.
+    """Return the averages next to the published ones, and the scores of every subset, in percent.
 
     :param document: From ``summary``.
     """
@@ -29,14 +29,14 @@ def _averages(document: Mapping[str, Any]) -> Table:
         for model, scores in PUBLISHED.items()
     ]
     notes = [
-        "Precision@1 in percent, plain means over subsets. Published: as CoCoA (arXiv 2603.01471) reports them. Bold:"
-        " the best of a column. Chance: a random order of each row's candidates."
+        "Precision@1 in percent, plain means over subsets. The published values are those that CoCoA (arXiv"
+        " 2603.01471) reports. Bold: the best of a column. Chance: a random order of each row's candidates."
     ]
     if any(score.text.endswith("*") for score in own):
         notes.append(
-            "* does not compare with the published numbers: not all subsets were run (their number is beside the mean),"
-            f" some only on a part of their rows, or they do not have the {ROWS_OF_A_SUBSET} rows of the public data."
-            " See the remarks."
+            "* is not comparable with the published numbers: not all subsets were run (their number is next to the"
+            f" mean), some were run on only a part of their rows, or they do not have the {ROWS_OF_A_SUBSET} rows of"
+            " the public data. See the remarks."
         )
     rows = [(document["model"], *own), *published, ("chance", *chance)]
     return Table("Averages", ("model", *AVERAGES), rows, notes)
@@ -65,8 +65,9 @@ def _subsets(document: Mapping[str, Any]) -> Table:
         ("subset", "meta-task", "domain", *COLUMNS, "rows", "remarks"),
         rows,
         [
-            "In percent, among each row's candidates. A wrong candidate with the cosine of the correct one ranks"
-            " before it, unlike in VLM2Vec's script; remarks count these ties. Chance: of precision@1."
+            "In percent, among each row's candidates. A wrong candidate with the same cosine as the correct one ranks"
+            " before it, unlike in VLM2Vec's script; the remarks count these ties. Chance: the expected precision@1 of"
+            " a random order."
         ],
     )
 

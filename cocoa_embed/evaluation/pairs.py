@@ -1,4 +1,4 @@
-"""Scores a model on pairs in both directions, and compares two models on the same queries."""
+"""Score a model on pairs in both directions, and compare two models on the same queries."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cocoa_embed.encode.encoder import Encoder
 
 QUERIES_AT_ONCE = 512
-"""Queries whose similarities to all documents are in memory together."""
+"""The number of queries whose similarities to all documents are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Direction:
     """Distinct queries and documents, and which belong together.
 
     :param relevant: For each query the numbers of its documents, at least one, int ``[relevant]``.
-    :param groups: The group of each query, int ``[queries]``: those connected by common documents.
+    :param groups: The group of each query, int ``[queries]``: queries that common documents connect.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Direction:
         return {"queries": len(self.queries), "documents": len(self.documents), "groups": len(np.unique(self.groups))}
 
     def chance(self) -> dict[str, float]:
-        """Return the ``METRICS`` that a random order of the documents scores."""
+        """Return the expected ``METRICS`` of a random order of the documents."""
         counts, queries = np.unique([len(each) for each in self.relevant], return_counts=True)
         expected = [chance_metrics(int(count), len(self.documents)) for count in counts]
         return {name: float(np.average([each[name] for each in expected], weights=queries)) for name in METRICS}
@@ -59,8 +59,8 @@ class Direction:
 def directions(pairs: Sequence[Pair]) -> list[Direction]:
     """Return both directions: from the first items to the second, and back.
 
-    Equal items are one: an image with several captions has several relevant texts, and a caption of several images has
-    several relevant images. A direction is named by the parts of its items, as ``text_to_image``.
+    Equal items count as one: an image with several captions has several relevant texts, and a caption of several
+    images has several relevant images. A direction is named by the parts of its items, such as ``text_to_image``.
 
     :raises CocoaError: If all first items or all second items are equal.
     """
@@ -68,7 +68,7 @@ def directions(pairs: Sequence[Pair]) -> list[Direction]:
     if len(set(kinds)) == 1:
         kinds = ["first", "second"]
     if any(len({pair[side] for pair in pairs}) < 2 for side in (0, 1)):
-        raise CocoaError(f"{len(pairs)} pairs hold only one query or one document; give pairs of different items")
+        raise CocoaError(f"{len(pairs)} pairs have only one distinct query or document; give pairs of different items")
     back = [Pair(second, first) for first, second in pairs]
     return [_direction(f"{kinds[0]}_to_{kinds[1]}", pairs), _direction(f"{kinds[1]}_to_{kinds[0]}", back)]
 
@@ -121,12 +121,12 @@ def evaluate_pairs(
 ) -> dict[str, Any]:
     """Score one model, or compare two on the same queries.
 
-    :param encoders: One or two; a generator can load the second after the first is freed.
+    :param encoders: One or two models; a generator can load the second after the first is freed.
     :param publish: Called with the document after each model.
     :returns: ``subsets`` (metrics by direction, of the first model), ``averages`` (over both directions),
         ``intervals`` (the two ends by direction and metric), ``chance`` (metrics by direction) and ``counts`` (queries,
-        documents and groups by direction). With a second model also ``other``, the same of that model, and
-        ``comparison``: by direction and metric ``difference`` (first minus second), ``low``, ``high`` and ``p``.
+        documents and groups by direction). With a second model, also ``other``, the same for that model, and
+        ``comparison``: ``difference`` (first minus second), ``low``, ``high`` and ``p`` by direction and metric.
     :raises CocoaError: If a model cannot embed the items, or all queries or all documents are equal.
     """
     both = directions(pairs)

@@ -1,4 +1,4 @@
-"""Reads pairs for evaluation: an image folder, or a JSONL, CSV or Parquet table."""
+"""Read pairs for evaluation from an image folder, or from a JSONL, CSV or Parquet table."""
 
 from __future__ import annotations
 
@@ -38,16 +38,19 @@ def read_pairs(
     """Read pairs.
 
     :param data: An image folder, or a ``.jsonl``, ``.csv`` or ``.parquet`` file. A text's cell may hold a list of
-        texts (in a CSV file as JSON, of texts alone), each of which makes a pair.
+        texts (in a CSV file, a JSON list of strings only), each of which makes a pair.
     :param images: The folder of a table's relative image paths; by default that of the table.
-    :param columns: The column of ``query_text``, ``query_image``, ``positive_text`` and ``positive_image``; by default
-        as in ``map_columns``.
-    :param captions: Of an image folder: a pair for each entry of an image's list ``captions``, or for its ``text``.
+    :param columns: The columns of ``query_text``, ``query_image``, ``positive_text`` and ``positive_image``; by default
+        those of ``map_columns``.
+    :param captions: For an image folder: a pair for each entry of an image's list ``captions``, or for its ``text``.
     :raises CocoaError: If the data are missing or cannot be read, or a row is malformed.
     """
     if data.is_dir():
         if images is not None or columns:
-            raise UsageError(f"{printable(data)} is an image folder; its columns and images are known, name a table")
+            raise UsageError(
+                f"{printable(data)} is an image folder, which takes neither --images nor column options; leave them"
+                " out, or name a table"
+            )
         pairs = list(_image_folder_pairs(data, captions))
     elif not data.exists():
         raise CocoaError(f"{printable(data)} does not exist; name an image folder or a {TABLE_SUFFIXES} file")
@@ -84,7 +87,7 @@ def _table_pairs(data: Path, images: Path, columns: Mapping[str, str] | None) ->
 
 
 def _parse_texts(cell: str | None) -> list[str] | str | None:
-    """Return the texts that a CSV cell lists as JSON, or the cell itself if it is no list of texts, like ``[1987]``."""
+    """Return the texts that a CSV cell lists as JSON, or the cell if it is not a list of texts (``[1987]``)."""
     try:
         return TEXTS.validate_json(cell or "") or cell
     except ValueError:
@@ -92,7 +95,7 @@ def _parse_texts(cell: str | None) -> list[str] | str | None:
 
 
 def _single_texts(values: Mapping[str, Any], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield a row's values with one text a cell, for each combination of the texts of its cells."""
+    """Yield a row's values with one text per cell, for each combination of the texts in its cells."""
     cells = [values.get(column) for column in columns]
     lists = [([text for text in cell if text] or [None]) if isinstance(cell, list) else [cell] for cell in cells]
     for texts in product(*lists):
@@ -100,7 +103,7 @@ def _single_texts(values: Mapping[str, Any], columns: Sequence[str]) -> Iterator
 
 
 def _merged(item: Item, first: dict[bytes, ArrowImage]) -> Item:
-    """Return an item with the first image inside the table that has the same bytes, so that copies are one item."""
+    """Return an item with the first image in the table that has the same bytes, so that copies are one item."""
     if not isinstance(item.image, ArrowImage):
         return item
     return replace(item, images=(first.setdefault(hashlib.sha256(item.image.read()).digest(), item.image),))

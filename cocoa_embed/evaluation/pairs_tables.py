@@ -9,11 +9,11 @@ from cocoa_embed.evaluation.metrics import METRICS
 from cocoa_embed.report.tables import Score, Table
 
 SHOWN_METRICS = ("recall@1", "recall@5", "recall@10", "mrr")
-"""The metrics for a terminal, which has no room for all."""
+"""The metrics that a terminal shows, which has no room for all."""
 
 
 def shown_metrics(document: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the metrics for a terminal: hit@k in place of recall@k where an item has several right ones."""
+    """Return the metrics for a terminal: hit@k instead of recall@k if an item has several right answers."""
     one_each = all(each["queries"] == each["documents"] for each in document["counts"].values())
     return tuple(name if one_each else name.replace("recall", "hit") for name in SHOWN_METRICS)
 
@@ -38,8 +38,8 @@ def _scores(document: Mapping[str, Any], direction: str, metrics: Sequence[str])
         f"{counts['queries']} queries in {counts['groups']} groups, {counts['documents']} documents;"
         f" {document['level']:.0%} bootstrap intervals over groups ({document['resamples']} resamples, seed"
         f" {document['seed']}). Bold: the best of a column. Chance: a random order of the documents.",
-        "recall@k: the ratio of a query's relevant documents among the first k. hit@k: whether any of them is, which"
-        " COCO and Flickr30k call R@k.",
+        "recall@k: the ratio of a query's relevant documents that are among the first k. hit@k: whether any of them is,"
+        " which COCO and Flickr30k call R@k.",
     ]
     return Table(_title(direction), ("model", *metrics), rows, notes)
 
@@ -56,7 +56,7 @@ def _comparison(document: Mapping[str, Any], direction: str, metrics: Sequence[s
     notes = [
         f"{document['model']} minus {document['other']['model']}, on the same queries, with {document['level']:.0%}"
         " intervals. p: two-sided, from random signs of the groups' differences. All metrics come from the same"
-        " queries, so several small p are no more evidence than one."
+        " queries, so several small p values are no more evidence than one."
     ]
     return Table(f"{_title(direction)}: difference", ("metric", "difference", "p"), rows, notes)
 

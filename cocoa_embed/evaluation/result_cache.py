@@ -10,11 +10,11 @@ from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.folders import write_atomically
 
 DIGEST_DIGITS = 12
-"""Hexadecimal digits of a key's digest in the name of its file; the whole key is in the file."""
+"""The number of hexadecimal digits of a key's digest in its file's name; the whole key is in the file."""
 
 
 class ResultCache:
-    """A folder of results, each under a name and a key: what the result depends on."""
+    """A folder of results, each stored under a name and a key that holds all that the result depends on."""
 
     def __init__(self, folder: Path) -> None:
         """Make the folder if it does not exist.

@@ -1,7 +1,7 @@
 """Confidence intervals of means over queries, and tests of the difference between two models.
 
 Queries of one group (such as the captions of one image) depend on each other, so whole groups are resampled. The
-documents are not resampled: the intervals are about other queries of the same kind against the same documents.
+documents are not resampled: the intervals apply to other queries of the same kind against the same documents.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ LEVEL = 0.95
 RESAMPLES = 5000
 
 VALUES_AT_ONCE = 2**22
-"""Resampled values that are in memory together."""
+"""The number of resampled values that are in memory at once."""
 
 
 def mean_intervals(
@@ -49,8 +49,8 @@ def sign_flip_p(
 ) -> Floats:
     """Return two-sided p-values of a permutation test that flips the signs of whole groups, one for each column.
 
-    The observed signs count as one of the resamples (Phipson and Smyth 2010), so that p is never 0. All signs are tried
-    if they are not more than ``resamples``.
+    The observed signs count as one of the resamples (Phipson and Smyth 2010), so that p is never 0. All combinations of
+    signs are tried if there are at most ``resamples``.
 
     :param differences: One model's values minus the other's on the same queries, float64 ``[queries, columns]``.
     :param groups: The group of each query, int ``[queries]``.

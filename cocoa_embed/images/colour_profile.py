@@ -13,7 +13,7 @@ MODES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}
 """The mode of the pixels that a profile is for, by the colour space in its header."""
 
 UNSEEN = 2
-"""A profile that changes no colour by more levels than this is taken for sRGB, as those of nearly all photographs."""
+"""A profile that changes no colour by more levels than this is taken for sRGB, like those of nearly all photographs."""
 
 GREY_LEVELS = Image.frombytes("L", (256, 1), bytes(range(256)))
 
@@ -45,7 +45,7 @@ def to_srgb(rgb: Image.Image, source: Image.Image) -> Image.Image:
 
 
 def apply(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image.Image:
-    """Return an image of another mode than RGB as RGB."""
+    """Return an image that is not RGB as RGB."""
     converted = ImageCms.applyTransform(image, transform)
     assert converted is not None, "it was not changed in place"
     return converted
@@ -53,7 +53,7 @@ def apply(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image.Im
 
 @lru_cache(maxsize=16)
 def transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the transform from a profile to sRGB; None if it is broken, or would change nothing that can be seen."""
+    """Return the transform from a profile to sRGB; None if it is broken, or would make no visible change."""
     try:
         source, srgb = ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB")
         intent = ImageCms.Intent.RELATIVE_COLORIMETRIC

@@ -1,4 +1,4 @@
-"""Write an image as a ``data:`` URI, for pages and records that are one file."""
+"""Write an image as a ``data:`` URI, for pages and records that consist of a single file."""
 
 import base64
 import io

@@ -45,7 +45,7 @@ def _names_like(folder: Path, name: str) -> list[str]:
         return [name]
     try:
         return _names_by_composed(folder).get(normalize("NFC", name), [])
-    except (OSError, ValueError):  # it is no folder, or cannot be listed
+    except (OSError, ValueError):  # it is not a folder, or cannot be listed
         return []
 
 
@@ -55,7 +55,7 @@ def cached_by_folder(read: Callable[[Path], Names]) -> Callable[[Path], Names]:
 
     def read_if_changed(folder: Path) -> Names:
         mtime_ns = os.stat(folder).st_mtime_ns
-        # What changes within a tick of the clock leaves the mtime as it is.
+        # A change within one tick of the clock does not change the mtime.
         return cached(folder, mtime_ns) if time.time_ns() - mtime_ns > SETTLED_NS else read(folder)
 
     return read_if_changed

@@ -45,10 +45,10 @@ def find_images(
       any depth. Folders that match are searched; files that match are taken if they have an image's suffix or the
       pattern's.
     - Companions of other files (``._a.jpg``) are passed over, and so are system folders (``is_system_folder``), folders
-      that are marked as caches, and what is excluded; a folder that is named itself is searched in any case.
+      that are marked as caches, and what is excluded; a folder in ``paths`` itself is always searched.
 
     :param on_error: Called for each folder that cannot be listed; the search then skips it.
-    :param passed_over: Excludes more, relative to ``search_folder`` of a path, and counts what is passed over.
+    :param passed_over: Excludes further files, relative to ``search_folder`` of a path, and counts what is passed over.
     :raises CocoaError: If a path does not exist, a pattern matches nothing, a list cannot be read or, without
         ``on_error``, a folder cannot be listed.
     """
@@ -79,9 +79,10 @@ def search_folder(path: str | Path) -> Path:
 
 
 def read_file_list(path: str | Path) -> Iterator[Path]:
-    """Read a list of files: one path per line, relative to the list's folder; names with newlines end in NUL instead.
+    """Read a list of files: one path per line, relative to the list's folder.
 
-    Empty lines and lines that begin with ``#`` are skipped. The files need not exist.
+    If names have newlines, each path ends in NUL instead. Empty lines and lines that begin with ``#`` are skipped. The
+    files need not exist.
 
     :raises CocoaError: If the list cannot be read, or is UTF-16.
     """
@@ -90,7 +91,7 @@ def read_file_list(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise CocoaError(f"{printable(path)} cannot be read ({error.strerror})") from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise CocoaError(f"{printable(path)} is UTF-16; a list of files is UTF-8, save it as that")
+        raise CocoaError(f"{printable(path)} is UTF-16; save the list of files as UTF-8")
     if b"\0" in data:
         names: Iterable[bytes] = data.split(b"\0")
     else:
@@ -101,7 +102,7 @@ def read_file_list(path: str | Path) -> Iterator[Path]:
 
 
 def is_literal(path: Path) -> bool:
-    """Return whether a path that may not exist has no wildcard."""
+    """Return whether a path, which need not exist, has no wildcard."""
     return not split_pattern(path)[1]
 
 
@@ -119,7 +120,7 @@ def split_pattern(pattern: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def match_pattern(pattern: Path) -> list[Path]:
-    """Return the files and folders that match a pattern of ``glob``, which ``split_pattern`` splits, sorted."""
+    """Return the files and folders that match a ``glob`` pattern, after ``split_pattern``, sorted."""
     folder, parts = split_pattern(pattern)
     return sorted(map(Path, glob.glob(os.path.join(glob.escape(str(folder)), *parts), recursive=True)))
 
@@ -264,7 +265,7 @@ class FolderSearch:
     def _refuse(self, error: OSError) -> None:
         """Report a folder that cannot be listed, once.
 
-        :raises CocoaError: If errors are not reported.
+        :raises CocoaError: If there is no ``on_error``.
         """
         reason = f"cannot be listed ({error.strerror or one_line(error)})"
         if self._on_error is None:
@@ -278,11 +279,11 @@ class FolderSearch:
         try:
             status = os.stat(folder)
         except OSError:
-            return -1, hash(folder)  # it is gone: listing it says so
+            return -1, hash(folder)  # it is gone: listing it reports that
         return status.st_dev, status.st_ino
 
     def _batches(self, files: Iterable[str]) -> Iterator[list[str]]:
-        """Yield files in batches, in each of which a file is once, without those that are passed over."""
+        """Yield files in batches without duplicates, leaving out those that are passed over."""
         remaining = (file for file in files if not self._passed_over.has_file(file, self._root))
         while batch := list(dict.fromkeys(islice(remaining, BATCH_FILES))):
             yield batch

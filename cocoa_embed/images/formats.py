@@ -32,7 +32,7 @@ JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)
 START_OF_SCAN, END_OF_PICTURE = b"\xda", b"\xd9"
 
 PNG_ORIENTATION_KEYWORDS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
-"""Where a PNG may keep its orientation, possibly behind the pixels."""
+"""Where a PNG may keep its orientation, possibly after the pixels."""
 
 MAX_JPEG_SCANS = 256
 """JPEG files with more scans are refused. Encoders write about ten; each scan covers the whole image again, so that 20
@@ -68,7 +68,7 @@ def media_type(image: ImageFile.ImageFile) -> str:
     """Return the media type of an opened image, ``image/jpeg``."""
     if image.format == "HEIF":
         return image.get_format_mimetype() or "image/heif"
-    # MPO is a JPEG with more images behind the first, as cameras write it.
+    # MPO is a JPEG with more images after the first, as cameras write it.
     return Image.MIME.get("JPEG" if image.format == "MPO" else str(image.format), "application/octet-stream")
 
 
@@ -90,7 +90,7 @@ def refuse_endless_jpeg(data: bytes) -> None:
         return
     if exceeds(takewhile(START_OF_SCAN.__ne__, jpeg_markers(data)), MAX_JPEG_SEGMENTS):
         raise ValueError(f"it has more than {MAX_JPEG_SEGMENTS} segments before its pixels")
-    # Counting the marker anywhere in the file is fast and enough for nearly all. Data behind the image may hold it too.
+    # Counting the marker anywhere in the file is fast and enough for nearly all. Data after the image may hold it too.
     if data.count(b"\xff" + START_OF_SCAN) <= MAX_JPEG_SCANS:
         return
     if exceeds(filter(START_OF_SCAN.__eq__, jpeg_markers(data)), MAX_JPEG_SCANS):

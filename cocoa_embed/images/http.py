@@ -109,7 +109,7 @@ class Fetcher:
             with used:
                 connection = http.client.HTTPConnection(hop.host, hop.port)
                 connection.default_port = DEFAULT_PORTS[hop.scheme]
-                # With a socket in place, it resolves no name.
+                # With its socket set, it does not resolve the name again.
                 connection.sock = cast(socket.socket, TimedSocket(used, self.timeout, end))
                 connection.request("GET", hop.target, headers=HEADERS)
                 return self._read(connection.getresponse())

@@ -37,7 +37,7 @@ TRUNCATED = re.compile("truncated|end of file|but only got", re.IGNORECASE)
 """Matches the messages of decoders that miss data."""
 
 READS = 2
-"""How often a file is read if it changes meanwhile."""
+"""How many times a file is read if it changes meanwhile."""
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -97,14 +97,14 @@ def read_data_uri(uri: str, name: str) -> bytes:
 
 
 def read_stable_file(path: str | Path) -> bytes:
-    """Return the bytes of an image file, all of them of one moment.
+    """Return the bytes of an image file, all from one moment.
 
     :raises ImageError: If it is not a readable regular file, is empty, is larger than ``MAX_IMAGE_BYTES``, or keeps
         changing while it is read.
     """
     name = printable(path)
     try:
-        # A device is not even opened: opening can have effects.
+        # A device is not even opened: opening it can have side effects.
         check_is_file(os.stat(path).st_mode, name)
         for _ in range(READS):
             # Without O_NONBLOCK, a file that has become a pipe since the check would block here until it has a writer.
@@ -221,7 +221,7 @@ def image_errors(name: str) -> Iterator[None]:
     except MissingExtraError as error:
         raise TransientImageError(name, f"is a HEIC image, and {error}") from error
     except UnidentifiedImageError:
-        reason = "is not an image that can be read (its format is unknown, or its beginning broken or incomplete)"
+        reason = "is not an image that can be read (its format is unknown, or its beginning is broken or incomplete)"
         raise ImageError(name, reason) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(name, f"is too large: more pixels than the limit of {MAX_IMAGE_PIXELS}") from error

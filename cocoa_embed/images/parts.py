@@ -1,4 +1,4 @@
-"""Find the full picture in a file of several: in the directories of a TIFF, and among the pictures of an icon."""
+"""Find the full picture in a file that holds several: among the directories of a TIFF, or the pictures of an icon."""
 
 import struct
 from collections.abc import Iterator
@@ -36,16 +36,16 @@ class Directory(NamedTuple):
     width: int
     height: int
     is_part: bool
-    """Whether it is a reduced copy or the mask of another one, or no picture to look at."""
+    """Whether it is a reduced copy or the mask of another one, or not a viewable picture."""
     children: tuple[int, ...] = ()
     """The offsets of directories that belong to it."""
 
 
 def full_picture(data: bytes) -> bytes:
-    """Return a file whose first picture is the full one of the given file; most files are that already.
+    """Return a file whose first picture is the full one; most files are like that already.
 
-    Of a TIFF it is the first page that is no reduced copy, or the largest copy of a pyramid; of an ``.icns`` file the
-    largest picture.
+    In a TIFF, this is the first page that is not a reduced copy, or the largest copy of a pyramid; in an ``.icns``
+    file, the largest picture.
     """
     if data[:4] in TIFF_HEADERS:
         return _with_full_directory_first(data)
@@ -59,7 +59,7 @@ def _with_full_directory_first(data: bytes) -> bytes:
         (first,) = struct.unpack_from(order + kind, data, place)
         pages = list(_directories(data, first))
         children = [child for page in pages for child in page.children][:MAX_PARTS]
-    except struct.error:  # it is truncated: decoding says so
+    except struct.error:  # it is truncated: decoding reports that
         return data
     if len(pages) < 2 and not (pages and pages[0].is_part and children):
         return data
@@ -120,7 +120,7 @@ def _directory(offset: int, values: dict[int, tuple[int, ...]]) -> Directory:
     subfile, old, width, height, photometric = (
         (values.get(tag) or (0,))[0] for tag in (SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, PHOTOMETRIC)
     )
-    # Of the new tag, bit 0 is a reduced copy and bit 2 a mask; the old tag counts: 2 is a reduced copy.
+    # In the new tag, bit 0 marks a reduced copy and bit 2 a mask; in the old tag, the value 2 is a reduced copy.
     is_part = bool(subfile & 5) or old == 2 or photometric not in VIEWABLE or not width * height
     return Directory(offset, width, height, is_part, values.get(CHILDREN, ()))
 

@@ -17,7 +17,7 @@ from cocoa_embed.errors import UsageError, printable
 logger = logging.getLogger(__name__)
 
 SYSTEM_FOLDERS = frozenset(
-    # Thumbnails and indexes of network storage, desktops and telephones.
+    # Thumbnails and indexes of network storage, desktops and phones.
     "@eadir @tmp .@__thumb .@upload_cache .thumbnails .thumbs .picasaoriginals .cache"
     # Bins.
     " $recycle.bin recycler recycled #recycle @recycle .recycle .recycle.bin .trash .trashes .trashed"
@@ -31,14 +31,14 @@ SYSTEM_FOLDERS = frozenset(
 """The names of folders that hold none of the user's pictures, in lower case."""
 
 SYSTEM_FOLDER = re.compile(r"\.trash-\d+|found\.\d{3}|.+\.lrdata")
-"""More of them: the bins of users, what a disk check found, the previews of Lightroom."""
+"""Matches further such names: the bins of users, files recovered by a disk check, the previews of Lightroom."""
 
 LIBRARY = re.compile(r".+\.(photoslibrary|photolibrary|migratedphotolibrary|aplibrary|cocatalog)")
 LIBRARY_FOLDERS = frozenset({"resources", "database", "thumbnails", "previews", "cache"})
 """The folders in a photo library that hold copies of its pictures."""
 
 DELETED = re.compile(r"\.(trashed|pending)-\d+-")
-"""The beginning of the names of files that are in a telephone's bin, or still being received."""
+"""The beginning of the names of files that are in a phone's bin, or still being received."""
 
 THUMBNAILS_MARKER = ".cocoa-thumbnails"
 """The file in our folders of thumbnails."""
@@ -47,7 +47,7 @@ CACHE_MARKERS = frozenset({THUMBNAILS_MARKER, "CACHEDIR.TAG"})
 """Files that mark a folder as a cache; the second by the Cache Directory Tagging Specification."""
 
 APPLE_DOUBLE = (b"\x00\x05\x16\x07", b"\x00\x05\x16\x00")
-"""The first bytes of the files that macOS writes beside others on foreign disks and in archives, as ``._a.jpg``."""
+"""The first bytes of the companion files (``._a.jpg``) that macOS writes on foreign disks and in archives."""
 
 
 def is_system_folder(name: str, parent: str = "") -> bool:
@@ -76,14 +76,14 @@ class PassedOver:
     """Decides what a search passes over, and counts it."""
 
     def __init__(self, exclude: Sequence[str] = ()) -> None:
-        """Read patterns of files and folders to exclude, as in a ``.gitignore`` file, in upper or lower case alike.
+        """Read patterns of files and folders to exclude, as in a ``.gitignore`` file; case is ignored.
 
         :raises UsageError: If one is not a pattern.
         """
         self.counts: Counter[str] = Counter()
         """The number of files and folders passed over, by the reason."""
         self.unread: set[str] = set()
-        """Archives that have not been read, as those that have not changed: what is excluded in them is unknown."""
+        """Archives that have not been read, such as unchanged ones: what patterns match in them is unknown."""
         self._exclude = exclude
         self._used: set[int] = set()
         self._seen: set[str] = set()
@@ -109,9 +109,9 @@ class PassedOver:
             logger.warning("--exclude %s: nothing matches it", printable(pattern))
 
     def has_entry(self, path: str, root: str, read_start: Callable[[str], bytes]) -> bool:
-        """Return whether a file below ``root``, an archive or an address, or a folder that it is in, is passed over.
+        """Return whether a file below ``root`` (an archive or an address), or a folder that holds it, is passed over.
 
-        :param read_start: As ``has_file`` takes it.
+        :param read_start: As for ``has_file``.
         """
         folder = root
         for name in path.removeprefix(root).strip("/").split("/")[:-1]:
@@ -149,7 +149,7 @@ class PassedOver:
         return not markers.isdisjoint(names) and self.note(folder, "cache")
 
     def note(self, path: str, reason: str) -> bool:
-        """Count a path once, which a pattern may meet several times; return True."""
+        """Count a path, but only once, as a pattern may reach it several times; return True."""
         if path not in self._seen:
             self._seen.add(path)
             self.counts[reason] += 1

@@ -16,13 +16,13 @@ THUMBNAIL_QUALITY = 80
 """JPEG quality, on Pillow's scale."""
 
 FULL_SCALES = (1.0, 255.0, 65535.0)
-"""The values of white: integers have the last one."""
+"""The possible values of white in floats: the first that is large enough. Integers fill 16 bits."""
 
 SWAPPED = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
-"""Pillow's names of a byte order, and of the other one, in which the upper 8 bits are really the lower ones."""
+"""Pillow's name of each byte order, and of the opposite one: read with that, the upper 8 bits are the lower ones."""
 
 DARK = 64
-"""An image whose 8-bit values are all below holds 14 bits or fewer in 16."""
+"""An image whose 8-bit values are all below this holds at most 14 bits in 16."""
 
 
 def read_orientation(image: Image.Image) -> int:
@@ -72,7 +72,7 @@ def grey_image(image: Image.Image) -> Image.Image:
     """
     pixels, is_inverted = np.asarray(image), False
     if isinstance(image, TiffImageFile):
-        # Pillow leaves these as they are in the file: 12 bits in the lower end of 16, unsigned values, and white as 0.
+        # Pillow does not convert these: 12 bits in the lower end of 16, unsigned values, and 0 as white.
         if image.tag_v2.get(BITSPERSAMPLE) == (12,):
             pixels = pixels << 4
         if (
@@ -106,11 +106,11 @@ def grey_to_8_bit(pixels: np.ndarray) -> np.ndarray:
 
 
 def grey_range(pixels: np.ndarray) -> tuple[float, float]:
-    """Return the values that become black and white: 0 and the largest of ``FULL_SCALES``, if that shows the picture.
+    """Return the values that become black and white: 0 and a full scale, if that shows the picture.
 
-    It does not where values are outside of it, all in its lowest quarter (as 12 bits in 16), or within a 16th of it
-    (temperatures, heights). Then it is the range of the values; a lowest or highest value far from all others, which
-    marks what was not measured, takes a quarter of the range for itself.
+    That range is wrong if values are outside of it, all in its lowest quarter (12 bits in 16), or within a 16th of it
+    (temperatures, heights). Then the range of the values is used; a lowest or highest value far from all others, which
+    marks missing measurements, gets a quarter of the range for itself.
 
     :raises ValueError: If no value is finite.
     """
@@ -148,7 +148,7 @@ def has_deep_colours(image: ImageFile.ImageFile) -> bool:
 
 
 def stretch_dark(image: Image.Image, again: ImageFile.ImageFile) -> None:
-    """Scale the colours of a loaded image by the range of their values, as those of grey images, if all are dark.
+    """Scale the colours of a loaded image by the range of their values, as for grey images, if all are dark.
 
     :param again: The same image, opened and not loaded.
     """

@@ -7,7 +7,7 @@ PIXELS_AT_ONCE = 2**20
 """Pixels that are composited at once: a whole image of 89 megapixels would take another gibibyte."""
 
 SAMPLED_SIDE = 1024
-"""The most rows and columns that the background is chosen by."""
+"""The maximum number of rows and columns that are sampled to choose the background."""
 
 BACKGROUNDS = (255, 0, 128)
 """White, which is the usual one, black, and grey for a picture in black and white."""
@@ -38,7 +38,7 @@ def to_rgba(image: Image.Image) -> Image.Image:
 
 
 def background(image: Image.Image) -> int:
-    """Return the grey level of ``BACKGROUNDS`` that an image's outline is seen on: white, unless that hides it.
+    """Return the grey level of ``BACKGROUNDS`` on which an image's outline is visible: white, unless that hides it.
 
     The outline is where visible pixels meet transparent ones. An image that is nearly all opaque, such as a page with
     round corners, stays on white if there is more to it than its outline.

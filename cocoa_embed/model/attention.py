@@ -17,7 +17,7 @@ tokens."""
 class Block(IntEnum):
     """The block of a position in a bridge sequence ``[block A] <EOS> [block B]``.
 
-    ``UNSEEN`` is an ``<EOS>`` of several that block B does not attend to.
+    ``UNSEEN`` is one of several ``<EOS>``, to which block B does not attend.
     """
 
     PAD = 0
@@ -80,10 +80,10 @@ def bridge_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> Tensor:
     """Return the attention mask of the bridge stage (``docs/method.md``).
 
     Block A and ``<EOS>`` attend to A and ``<EOS>``; block B attends to ``<EOS>`` and B; ``<EOS>`` also attends to B
-    unless ``eos_attends_to_b`` is false. An unseen ``<EOS>`` does as the others, but B does not attend to it. No other
-    position attends to padding, and padding attends only to itself, so that no row of the softmax is empty.
+    unless ``eos_attends_to_b`` is false. An unseen ``<EOS>`` is treated like the others, but B does not attend to it.
+    No other position attends to padding, and padding attends only to itself, so that no row of the softmax is empty.
 
-    :param blocks: ``Block`` of every position, int64 ``[B, L]``, with an ``<EOS>`` or more in each row.
+    :param blocks: ``Block`` of every position, int64 ``[B, L]``, with at least one ``<EOS>`` in each row.
     :returns: bool ``[B, L, L]``: true where a row attends to a column.
     """
     rows, columns = blocks[:, :, None], blocks[:, None, :]
@@ -109,7 +109,7 @@ def sees(rows: Tensor, columns: Tensor, *, eos_attends_to_b: bool) -> Tensor:
 
 
 def bidirectional_mask(attention_mask: Tensor) -> Tensor:
-    """Return the dense mask of full attention under padding: bool ``[B, L, L]`` from a ``[B, L]`` mask of 0 and 1."""
+    """Return the dense mask of full attention without padding: bool ``[B, L, L]`` from a ``[B, L]`` mask of 0 and 1."""
     keep = attention_mask.bool()
     itself = torch.eye(keep.shape[1], dtype=torch.bool, device=keep.device)
     return (keep[:, :, None] & keep[:, None, :]) | (itself & ~keep[:, :, None])

@@ -22,12 +22,12 @@ MASK_TOKEN = "<|mask|>"
 """Replaces a masked text token; added to tokenizers without a mask token, such as Qwen's."""
 
 OTHER_TOKENS = 8
-"""Tokens of a sequence that are kept free beside the largest image and all vectors but the first."""
+"""Tokens of a sequence that are kept free in addition to the largest image and all vectors but the first."""
 
 NEW_EOS_NOISE = 1.0
-"""The standard deviation of the noise in a new token's embedding, in those of the embedding of ``<EOS>``.
+"""The standard deviation of the noise in a new token's embedding, relative to that of the embedding of ``<EOS>``.
 
-With a tenth of it the states of four tokens stayed alike (docs/experiments.md, section 22).
+With a tenth of it, the states of four tokens stayed alike (docs/experiments.md, section 22).
 """
 
 Origin = Literal["folder", "built-in", "hub"]
@@ -53,9 +53,9 @@ def builtin_backbones() -> list[str]:
 
 
 def origin(name_or_path: str) -> Origin:
-    """Return the source of a backbone: an existing folder, else a built-in backbone, else the hub.
+    """Return the source of a backbone: an existing folder, otherwise a built-in backbone, otherwise the hub.
 
-    :raises CocoaError: If it is none of the three, or a stage that is not finished.
+    :raises CocoaError: If it is none of the three, or the folder of a stage that is not finished.
     """
     refuse_unfinished(Path(name_or_path))
     if Path(name_or_path).is_dir():
@@ -90,11 +90,11 @@ def load_backbone(
     """Load a backbone from a folder, by a built-in name or by a hub name, and make it bidirectional.
 
     :param attn_implementation: ``sdpa``, ``eager``, or ``flex_attention`` for the language model under a ``BlockMask``.
-    :param max_length: The most tokens of a sequence, stored in the tokenizer; by default the tokenizer's own limit.
-    :param max_pixels: The most pixels of an image, stored in the image processor; by default its own limit.
+    :param max_length: The maximum tokens of a sequence, stored in the tokenizer; by default the tokenizer's own limit.
+    :param max_pixels: The maximum pixels of an image, stored in the image processor; by default its own limit.
     :param bidirectional: False leaves the model causal, as a baseline.
-    :param vectors: The number of ``eos_tokens``; by default as many as the backbone has. Tokens that are new begin with
-        the embedding of ``<EOS>`` and noise, the same at each call.
+    :param vectors: The number of ``eos_tokens``; by default as many as the backbone has. New tokens start with the
+        embedding of ``<EOS>`` plus noise, the same in each call.
     :raises CocoaError: If the backbone does not exist, or weights are missing, unexpected or of another shape.
     :raises UsageError: If its model type is not supported.
     """
@@ -136,7 +136,7 @@ def load_backbone(
 
 @torch.no_grad()
 def _start_new_eos(model: PreTrainedModel, ids: list[int], known: int) -> None:
-    """Set the embeddings of the tokens behind the first ``known`` to that of the first, with noise."""
+    """Set the embeddings of the tokens after the first ``known`` to that of the first, plus noise."""
     weight: Any = model.get_input_embeddings().weight
     noise = torch.randn(len(ids), weight.shape[1], generator=torch.Generator().manual_seed(0))
     weight[ids[known:]] = weight[ids[0]] + NEW_EOS_NOISE * weight[ids[0]].std() * noise[known:].to(weight)
@@ -169,7 +169,7 @@ def load_processor(
 
 
 def read_processor(name_or_path: str) -> ProcessorMixin:
-    """Load a backbone's processor as its authors left it.
+    """Load a backbone's processor unchanged.
 
     :raises CocoaError: If it does not exist.
     """
@@ -188,13 +188,14 @@ def prepare_processor(
     max_pixels: int | None = None,
     vectors: int | None = None,
 ) -> None:
-    """Give a processor the rendering ``[vision][text]<EOS>``, a mask token and right padding, in place.
+    """Make a processor render ``[vision][text]<EOS>``, with a mask token and right padding, in place.
 
-    The tokenizer appends ``<EOS>`` after truncation (``append_eos``): every sequence ends in it, for texts of any
+    The tokenizer appends ``<EOS>`` after truncation (``append_eos``), so every sequence ends in it: texts of any
     length, with or without an image.
 
-    :param vectors: The number of ``eos_tokens``, some of which may be new; by default as many as it has.
-    :raises UsageError: If the largest image would not fit into ``max_length`` tokens, or it has more ``eos_tokens``.
+    :param vectors: The number of ``eos_tokens``, some of which may be new; by default as many as the tokenizer has.
+    :raises UsageError: If the largest image would not fit into ``max_length`` tokens, or the tokenizer has more
+        ``eos_tokens``.
     """
     tokenizer = processor.tokenizer
     if tokenizer.mask_token is None:
@@ -211,9 +212,9 @@ def prepare_processor(
 
 
 def fitting_max_pixels(name_or_path: str, max_length: int, vectors: int = 1) -> int | None:
-    """Return a limit for images if a backbone's own limit does not fit into ``max_length`` tokens, else None.
+    """Return a limit for images if a backbone's own limit does not fit into ``max_length`` tokens, otherwise None.
 
-    The largest square image then takes half of a sequence, or less where a long, narrow one would not fit.
+    With it, the largest square image takes half of a sequence, or less if a long, narrow one would not fit.
 
     :param vectors: The number of ``eos_tokens``.
     :raises CocoaError: If the backbone's processor cannot be loaded.
@@ -235,19 +236,19 @@ def fitting_max_pixels(name_or_path: str, max_length: int, vectors: int = 1) -> 
 
 
 def _room_for_image(max_length: int, vectors: int) -> int:
-    """Return the most visual tokens of a sequence that ends in ``vectors`` ``<EOS>``."""
+    """Return the maximum visual tokens of a sequence that ends in ``vectors`` ``<EOS>``."""
     return max(0, max_length - OTHER_TOKENS - vectors + 1)
 
 
 def _beside(vectors: int) -> str:
-    return f" beside {vectors} <EOS>" if vectors > 1 else ""
+    return f" in addition to {vectors} <EOS>" if vectors > 1 else ""
 
 
 def limit_images(processor: ProcessorMixin, max_pixels: int | None) -> None:
     """Have a processor scale images down to ``max_pixels``, in place; None keeps its own limit.
 
-    :raises UsageError: If the largest image would not fit into a sequence, a visual token has more pixels, or the
-        processor is of no supported model.
+    :raises UsageError: If the largest image would not fit into a sequence, a visual token has more pixels than
+        ``max_pixels``, or the processor is not that of a supported model.
     """
     family = family_of_images(processor)
     geometry = family.image_geometry(processor)

@@ -1,4 +1,4 @@
-"""The model card: how a model was trained, on what, what was measured, how to use it."""
+"""The model card: how a model was trained and on what, what was measured, and how to use it."""
 
 import json
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ print(model.similarity(queries, documents))
 ```
 
 It needs sentence-transformers 6.2 and transformers {transformers_floor}, or newer, and refuses older ones. It has no
-code of its own.
+custom code.
 
 {several}Prompts are stored with the model: `encode_query` puts {query_prompt} before a query, `encode_document` puts
 {document_prompt} before a document. Sequences are cut at {max_length} tokens, but never their images or their `{eos}`;
@@ -65,11 +65,11 @@ POOLED = {
     "eos": "with [CoCoA](https://arxiv.org/abs/2603.01471) so that the last hidden state of `{eos}`",
     "mean": "so that the mean of the last hidden states of all tokens",
 }
-"""What a model is trained for, by the recipe's ``pooling``."""
+"""What the model was trained with, and which state it makes hold the content, for each ``pooling``."""
 
 _SEVERAL = """\
 Open it with `MultiVectorEncoder`. A `SentenceTransformer` opens it, too, without an error, but its embedding is then
-the mean of all tokens, for which the model is not trained. Of the {count} vectors of an input the last, the state of
+the mean of all tokens, which the model is not trained for. Of the {count} vectors of an input the last, the state of
 `{eos}`, is an embedding by itself; so are the last two together, and so on. `cocoa-embed export CHECKPOINT OUT
 --vectors 1` writes the model of this one vector, as a `SentenceTransformer`.
 
@@ -83,7 +83,7 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
 
     :param training: ``backbone`` and its ``origin``, ``recipe``, ``data``, ``stages`` (a list of ``stage``, ``steps``,
         ``batch_size``, ``learning_rate``, ``final``, ``adapter``, and optionally ``description`` and
-        ``matryoshka_dims``), and optionally ``results`` (the metrics of each evaluation) and ``vectors``, if several.
+        ``matryoshka_dims``), and optionally ``results`` (the metrics of each evaluation) and the number of ``vectors``.
     """
     # A trained model has its backbone's licence, which is unknown unless the backbone is built in.
     hub = f"base_model: {json.dumps(training['backbone'])}\n"
@@ -149,7 +149,7 @@ def _training_text(name: str | None, stages: list[dict[str, Any]], dimension: in
 
 
 def matryoshka_dimensions(training: dict[str, Any], dimension: int | None) -> list[int]:
-    """Return the dimensions that embeddings can be cut to, largest first; none if none was trained.
+    """Return the dimensions that embeddings can be cut to, largest first; an empty list if none were trained.
 
     :param training: The training record.
     :param dimension: The dimension of whole embeddings.

@@ -1,4 +1,4 @@
-"""Export a checkpoint as a SentenceTransformer folder with a model card, which servers load too."""
+"""Export a checkpoint as a SentenceTransformer folder with a model card; servers can load it, too."""
 
 import copy
 import json
@@ -38,20 +38,20 @@ REQUIREMENTS = {
 """What sentence-transformers verifies before it loads an export."""
 
 POOLING_MODES: Mapping[str, PoolingMode] = MappingProxyType({"eos": "lasttoken", "mean": "mean"})
-"""Of sentence-transformers, by the recipe's ``pooling``; the mean is over all tokens, visual ones and prompts too."""
+"""The mode of sentence-transformers for each ``pooling``; the mean is over all tokens, also visual ones and prompts."""
 
 OLD_MODULES = "sentence_transformers.models."
-"""Where sentence-transformers before 5.4 has its modules, and newer ones find them too."""
+"""The modules' path in sentence-transformers before 5.4, which newer versions still resolve."""
 
 POOLING_FLAGS = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
-"""Each is a key ``pooling_mode_...`` of a pooling config as sentence-transformers before 5.4 wrote it."""
+"""Each is a key ``pooling_mode_...`` in a pooling config of sentence-transformers before 5.4."""
 
 
 class EosVectors(Module):
-    """Pools a sequence to the normalised states of its last tokens, side by side and the last token's first.
+    """Pools a sequence to the normalised states of its last tokens, concatenated, starting with the last token's.
 
     :param dimension: The length of a vector.
-    :param count: How many vectors.
+    :param count: The number of vectors.
     """
 
     def __init__(self, dimension: int, count: int) -> None:
@@ -76,7 +76,7 @@ class EosVectors(Module):
 
 
 def count_vectors(model: SentenceTransformer) -> int:
-    """Return how many vectors are side by side in an embedding."""
+    """Return how many vectors an embedding concatenates."""
     return next((module.count for module in model if isinstance(module, EosVectors)), 1)
 
 
@@ -95,7 +95,7 @@ def build_sentence_transformer(
     :param prompts: The prompts for ``query`` and ``document``, stored with the model.
     :param bidirectional: False for a checkpoint that was trained causal, as a baseline.
     :param pooling: One of ``POOLING_MODES``.
-    :param vectors: How many are side by side in an embedding: 1, or all ``eos_tokens``, which is the default.
+    :param vectors: How many vectors an embedding concatenates: 1, or all ``eos_tokens``, which is the default.
     :param device: The torch device; None takes the fastest.
     :param model_kwargs: More keyword arguments for transformers, such as ``dtype``.
     :raises CocoaError: If it cannot be loaded, or is causal although it should be bidirectional.
@@ -117,10 +117,10 @@ def build_sentence_transformer(
 def embedding_model(
     transformer: Transformer, prompts: dict[str, str], pooling: str, device: str | None = None, vectors: int = 1
 ) -> SentenceTransformer:
-    """Return the model whose embedding is normalised: the last hidden state of ``<EOS>``, or the mean of all.
+    """Return the model that embeds as the normalised last hidden state of ``<EOS>``, or the mean of all tokens'.
 
     :param pooling: One of ``POOLING_MODES``.
-    :param vectors: Of several ``<EOS>``, how many are side by side in an embedding.
+    :param vectors: If there are several ``<EOS>``, how many of their vectors an embedding concatenates.
     """
     width = transformer.get_embedding_dimension()
     pooled = [Pooling(width, pooling_mode=POOLING_MODES[pooling]), Normalize()]
@@ -167,7 +167,7 @@ def save_sentence_transformer(model: SentenceTransformer, out: Path, training: d
 def as_multi_vector_encoder(transformer: Transformer, prompts: Mapping[str, str | None]) -> MultiVectorEncoder:
     """Return a stock model of the vectors of all ``eos_tokens``, in the order of the sequence: vector 1 is the last.
 
-    The mask's list of tokens to keep is for documents only; for queries there is one of tokens to drop.
+    The mask's list of tokens to keep applies to documents only; for queries, it takes a list of tokens to drop.
     """
     tokenizer: Any = transformer.tokenizer
     keep = eos_tokens(tokenizer)
@@ -184,11 +184,11 @@ def as_multi_vector_encoder(transformer: Transformer, prompts: Mapping[str, str 
 
 
 def as_generation_model(base_model: PreTrainedModel, matryoshka_dims: list[int]) -> PreTrainedModel:
-    """Return the ``...ForConditionalGeneration`` around a base model, whose weights' names and config servers know.
+    """Return the ``...ForConditionalGeneration`` around a base model: servers know its config and its weights' names.
 
-    It has no weights of its own: an embedding needs no language head, so the head is tied to the token embeddings.
-    vLLM decides on chunked prefill and prefix caching by ``is_causal`` at the top of the config, on attention by that
-    of the language model.
+    It adds no weights: an embedding needs no language-model head, so the head is tied to the token embeddings.
+    vLLM decides on chunked prefill and prefix caching by ``is_causal`` at the top of the config, and on attention by
+    the one of the language model.
 
     :param matryoshka_dims: The dimensions that embeddings can be cut to, largest first; recorded in the config.
     """
@@ -205,13 +205,13 @@ def as_generation_model(base_model: PreTrainedModel, matryoshka_dims: list[int])
 
 
 def _make_readable_by_servers(out: Path, eos: Mapping[str, Any]) -> None:
-    """Change what sentence-transformers has written.
+    """Change the files that sentence-transformers has written so that servers can read them.
 
-    Servers find the pooling under the names of sentence-transformers before 5.4, and ``<EOS>`` in the template; only
-    sentence-transformers, which truncates, has the tokenizer append it. Several are appended by the tokenizer's file:
-    a server that finds them in the template then has to tokenize without special tokens.
+    Servers look for the pooling under the names of sentence-transformers before 5.4, and take ``<EOS>`` from the
+    template; only sentence-transformers, which truncates, has the tokenizer append it. Several ``<EOS>`` are appended
+    by the tokenizer's file: a server that takes them from the template then has to tokenize without special tokens.
 
-    :param eos: The arguments with which the tokenizer appends it.
+    :param eos: The arguments that make the tokenizer append ``<EOS>``.
     """
     if "add_eos_token" in eos:
         _rewrite(out / "tokenizer.json", lambda tokenizer: {**tokenizer, "post_processor": None})
@@ -221,13 +221,13 @@ def _make_readable_by_servers(out: Path, eos: Mapping[str, Any]) -> None:
     )
     _rewrite(out / "sentence_bert_config.json", lambda settings: {**settings, "processor_kwargs": dict(eos)})
     _rewrite(out / "config_sentence_transformers.json", lambda settings: {**settings, "requirements": REQUIREMENTS})
-    if not (out / "1_Pooling").is_dir():  # no server takes several vectors
+    if not (out / "1_Pooling").is_dir():  # a model of several vectors, which no server takes
         return
     _rewrite(
         out / "modules.json",
         lambda modules: [{**each, "type": OLD_MODULES + each["type"].rpartition(".")[2]} for each in modules],
     )
-    # Servers take the first flag that is true, and ``include_prompt`` is one of the others.
+    # Servers take the first flag that is true, so these come before ``include_prompt``.
     _rewrite(out / "1_Pooling" / "config.json", lambda settings: {**_pooling_flags(settings), **settings})
 
 
@@ -243,15 +243,15 @@ def _rewrite(path: Path, change: Callable[[Any], object]) -> None:
 def export_model(checkpoint: Path, out: Path, vectors: int | None = None) -> Path:
     """Export the checkpoint of any stage to ``out``, a folder that plain sentence-transformers loads.
 
-    :param vectors: 1: of a model of several vectors only the first, as a ``SentenceTransformer``; None for all.
+    :param vectors: 1 exports only the first vector of a model of several, as a ``SentenceTransformer``; None, all.
     :raises CocoaError: If ``checkpoint`` is not a checkpoint, or ``out`` holds something else.
-    :raises UsageError: If the checkpoint is of another number of vectors, and ``vectors`` is not 1.
+    :raises UsageError: If ``vectors`` is neither 1 nor the checkpoint's number of vectors.
     """
     training = read_training(checkpoint)
     recipe = training["recipe"]
     if vectors not in (None, 1, found := vectors_of(training)):
         numbers = "1" if found == 1 else f"1 or {found}"
-        raise UsageError(f"--vectors is {vectors}, and {printable(checkpoint)} has {found}; give {numbers}")
+        raise UsageError(f"--vectors is {vectors}, but {printable(checkpoint)} has {found}; give {numbers}")
     if checkpoint.resolve().is_relative_to(out.resolve()):
         raise CocoaError(f"{out} is or holds the checkpoint itself; give another folder to export to.")
     model = build_sentence_transformer(

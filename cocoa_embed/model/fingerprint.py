@@ -43,7 +43,7 @@ def model_fingerprint(model: SentenceTransformer) -> str:
 def describe_module(module: torch.nn.Module) -> dict[str, Any]:
     """Return the properties of a module that affect embeddings, besides its weights: kind, template, pooling and so on.
 
-    Settings are picked by name, as a whole configuration differs between versions of transformers.
+    Settings are picked by name, since a whole configuration differs between versions of transformers.
     """
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
@@ -66,7 +66,7 @@ def describe_module(module: torch.nn.Module) -> dict[str, Any]:
 
 
 def image_settings(processor: object) -> dict[str, Any]:
-    """Return the settings of a processor that affect images; none if it takes no images."""
+    """Return the settings of a processor that affect images; an empty dictionary if it takes no images."""
     from transformers import ProcessorMixin
 
     if not isinstance(processor, ProcessorMixin) or "image_processor" not in processor.get_attributes():
@@ -76,7 +76,7 @@ def image_settings(processor: object) -> dict[str, Any]:
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """Return a digest of tensors that does not depend on their names and order.
+    """Return a digest of tensors that does not depend on their names or order.
 
     :param state: Tensors of any shape, dtype and device, by name.
     :return: 64 hexadecimal digits.
@@ -87,7 +87,7 @@ def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
 def tensor_digest(tensor: torch.Tensor) -> bytes:
     """Return a digest of a tensor's shape and a sample of its values in bfloat16.
 
-    :param tensor: Of any shape, dtype and device.
+    :param tensor: A tensor of any shape, dtype and device.
     :return: 32 bytes.
     """
     import torch

@@ -1,4 +1,4 @@
-"""FlexAttention under the bridge mask, which never computes fully masked tiles of the score matrix."""
+"""FlexAttention under the bridge mask: it never computes fully masked tiles of the score matrix."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.attention import Block, sees
 
 FLEX = "flex_attention"
-"""Its name in recipes and for ``load_backbone``."""
+"""The name of FlexAttention in recipes and for ``load_backbone``."""
 
 REGISTERED = "cocoa_flex"
-"""Its name in the language model's config: the model classes refuse transformers' own name."""
+"""The name of FlexAttention in the language model's config: the model classes refuse transformers' own name."""
 
 TILE = 128
 """Rows and columns of a tile, the default of FlexAttention's kernels."""
@@ -45,7 +45,7 @@ def use_flex_attention(model: PreTrainedModel) -> None:
 
     Other masks and the vision encoder use sdpa. A saved model does not keep this setting.
     """
-    # Else it would run unfused, once there are more shapes than torch compiles for.
+    # Otherwise it would run unfused once there are more shapes than torch compiles for.
     torch._dynamo.config.fail_on_cache_limit_hit = True
     AttentionInterface.register(REGISTERED, flex_or_sdpa)
     AttentionMaskInterface.register(REGISTERED, sdpa_mask)
@@ -65,10 +65,10 @@ def flex_or_sdpa(
     attention_mask: Tensor | BlockMask | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute attention with FlexAttention under a ``BlockMask``, else with sdpa; a transformers attention function.
+    """Attend with FlexAttention under a ``BlockMask``, otherwise with sdpa; a transformers attention function.
 
-    Under autocast, rotary embeddings leave queries and keys in float32 beside bfloat16 values. sdpa casts them itself;
-    FlexAttention before torch 2.9 refuses them.
+    Under autocast, rotary embeddings leave queries and keys in float32 while values are bfloat16. sdpa casts them
+    itself; FlexAttention before torch 2.9 refuses them.
 
     Sequences are padded to whole tiles, as their mask is: torch compiles FlexAttention for few lengths.
 
@@ -85,8 +85,8 @@ def flex_or_sdpa(
         found, _ = flex_attention_forward(module, padded[0], padded[1], padded[2], attention_mask, **kwargs)
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:  # pyright: ignore[reportAttributeAccessIssue]
         raise CocoaError(
-            f"{FLEX} meets more shapes than torch compiles for, the last of {len(query)} sequences of up to {length} "
-            "tokens; use attn_implementation=sdpa."
+            f"{FLEX} has run with more shapes than torch compiles for, the last being {len(query)} sequences of up to "
+            f"{length} tokens; use attn_implementation=sdpa."
         ) from error
     return found[:, :length], None
 
@@ -94,8 +94,8 @@ def flex_or_sdpa(
 def bridge_block_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> BlockMask:
     """Return ``bridge_mask`` as tiles, without building ``[B, L, L]``.
 
-    The blocks in a tile's rows and columns decide its kind: where all pairs are allowed the kernel reads no mask, and
-    where none is the tile is not computed.
+    The blocks in a tile's rows and columns decide its kind: if all pairs are allowed, the kernel reads no mask; if
+    none is, the tile is not computed.
 
     :param blocks: ``Block`` of every position, int64 ``[B, L]``.
     :returns: A ``BlockMask`` of shape ``[B, 1, L, L]``, where L is rounded up to whole tiles of padding.
@@ -137,7 +137,7 @@ def _tiles(blocks: Tensor, *, eos_attends_to_b: bool) -> tuple[Tensor, Tensor]:
 
 
 def _in_order(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the number of tiles in each row of tiles, and the columns with theirs first: int32."""
+    """Return the number of chosen tiles in each row of tiles, and the columns, those of chosen tiles first: int32."""
     counts = tiles.sum(dim=-1, dtype=torch.int32)
     columns = torch.argsort(tiles.int(), dim=-1, descending=True, stable=True)
     return counts.contiguous(), columns.to(torch.int32).contiguous()

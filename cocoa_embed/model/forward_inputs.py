@@ -1,4 +1,4 @@
-"""The inputs of a forward pass, made on the CPU where it would otherwise read values back from its device."""
+"""The inputs of a forward pass, computed on the CPU where it would otherwise read values back from its device."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,11 +12,11 @@ from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.host_tensor import HostTensor, on_host, places
 
 REMEMBERED = "remembered_vision"
-"""The attribute of a base model that takes a batch of ``HostInputs`` in place of ``Family.run_vision``."""
+"""The attribute of a base model with a function that replaces ``Family.run_vision`` for a batch of ``HostInputs``."""
 
 
 class HostInputs:
-    """Adds to a batch what the model would make of its values: positions, lengths of sequences, and windows.
+    """Adds to a batch what the model would compute from its values: positions, lengths of sequences, and windows.
 
     :param config: The config of a supported backbone.
     """
@@ -25,13 +25,13 @@ class HostInputs:
         self.family = family_of(config)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the batch with what a forward pass takes instead of computing it.
+        """Return the batch with inputs that a forward pass would otherwise compute.
 
         :param batch: Right-padded ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` (int64 ``[B, L]``) and,
             where there are images, ``image_grid_thw`` (int64 ``[images, 3]``).
-        :returns: With ``position_ids`` and, with images, the family's ``image_inputs``; ``image_grid_thw`` stays on
-            the CPU.
-        :raises ValueError: If the visual tokens are not those of the images.
+        :returns: The batch with ``position_ids`` and, if there are images, the family's ``image_inputs``;
+            ``image_grid_thw`` stays on the CPU.
+        :raises ValueError: If the number of visual tokens is not that of the images.
         """
         batch = {name: on_host(each.cpu()) if name.startswith("image_") else each for name, each in batch.items()}
         if "image_grid_thw" not in batch:
@@ -42,11 +42,11 @@ class HostInputs:
         found, grids = int((read["mm_token_type_ids"] == 1).sum()), read["image_grid_thw"]
         expected = int(grids.prod(dim=1).sum()) // self.family.geometry.patches_per_token
         if found != expected:
-            raise ValueError(f"the batch has {found} visual tokens, but its images are of {expected}")
+            raise ValueError(f"the batch has {found} visual tokens, but its images have {expected}")
         return {**batch, "position_ids": self.family.position_ids(read), **self.family.image_inputs(grids)}
 
     def after(self, collate: Callable[[Any], Mapping[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-        """Return a collator that adds to the batches of another."""
+        """Return a collator that adds these inputs to the batches of ``collate``."""
         return partial(_collate, self, collate)
 
 
@@ -59,22 +59,22 @@ def _collate(
 
 
 def with_host_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch with what ``HostInputs`` adds, on the model's device; a batch without it is read from there."""
+    """Return a batch with what ``HostInputs`` adds, on the model's device; if that is missing, read the batch back."""
     return on_device(model, batch if "position_ids" in batch else HostInputs(model.config)(batch))
 
 
 def on_device(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch of ``HostInputs`` with copies on the model's device of what the model computes with."""
+    """Return a batch of ``HostInputs`` with the tensors that the model computes with copied to its device."""
     return {name: _on(value, model.device) if name in _ON_DEVICE else value for name, value in batch.items()}
 
 
 def forward_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keywords of ``model.base_model`` for a batch, without its mask, reading nothing from the device.
+    """Return the keyword arguments of ``model.base_model`` for a batch, except its mask, without a device read.
 
-    Images are embedded and put in the place of their tokens, as the stock class does it: there, the device has to say
-    how many tokens that are.
+    Images are embedded in place of their tokens, as in the stock class, which has to ask the device how many tokens
+    these are.
 
-    :param batch: Of ``HostInputs``.
+    :param batch: From ``HostInputs``.
     """
     base: Any = model.base_model
     batch = with_host_inputs(model, batch)

@@ -1,4 +1,4 @@
-"""Tensors that stay in the CPU's memory, and places that no device has to count."""
+"""Tensors that stay in the CPU's memory, and indices that are found without waiting for a device."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class HostTensor(Tensor):
-    """A tensor that stays in the CPU's memory when its batch goes to a device, so that reading it waits for nothing."""
+    """A tensor that stays in the CPU's memory when its batch goes to a device, so that reading it does not wait."""
 
     def to(self, *args: Any, **kwargs: Any) -> "HostTensor":  # type: ignore[override]
         """Return the tensor itself; ``on`` copies it."""
@@ -30,7 +30,7 @@ class HostTensor(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        """Let slices stay on the CPU too; all other results are ordinary tensors."""
+        """Let slices stay on the CPU, too; all other results are ordinary tensors."""
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
             if func in _STAYING:
@@ -42,7 +42,7 @@ _STAYING = {Tensor.__getitem__, Tensor.index_select, Tensor.pin_memory}
 
 
 def on_host(tensor: Tensor) -> HostTensor:
-    """Return a tensor of the CPU as one that stays there."""
+    """Return a CPU tensor as one that stays there."""
     return tensor.as_subclass(HostTensor)
 
 

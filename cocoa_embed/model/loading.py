@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
 MODULES_FILE = "modules.json"
-"""In every folder of a SentenceTransformer: exports, and checkpoints of the contrastive stage."""
+"""A file in every folder of a SentenceTransformer: exports, and checkpoints of the contrastive stage."""
 
 CONFIG_FILE = "config_sentence_transformers.json"
-"""Names the class that saved a model."""
+"""A file that names the class that saved a model."""
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
-"""What weights can be loaded as."""
+"""The types that weights can be loaded as."""
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def load_model(
 
     A checkpoint keeps the prompts and the pooling of its recipe, and stays causal if it was trained causal.
 
-    :param model: A folder, or a name on the hub if no folder has it.
+    :param model: A folder or, if there is no folder of this name, a name on the hub.
     :param device: The torch device; None takes the fastest.
     :param dtype: A ``Dtype``; None takes the one in which the weights are stored.
     :param revision: The branch, tag or commit of a model on the hub.
@@ -62,7 +62,7 @@ def load_model(
     :param cache_folder: Where models of the hub are stored [default: the hub's cache].
     :param model_kwargs: Further options of the Transformers model, such as ``attn_implementation``.
     :raises CocoaError: If the folder is missing, holds no model, has no weights, or cannot be loaded.
-    :raises UsageError: If a folder is to have a revision, or the dtype is unknown.
+    :raises UsageError: If a revision is given with a folder, or the dtype is unknown.
     """
     check_model(model)
     if dtype not in (None, *get_args(Dtype)):
@@ -75,7 +75,7 @@ def load_model(
     is_local = folder.exists()
     name = str(folder if is_local else model)
     if is_local and revision is not None:
-        raise UsageError(f"--revision {revision} is of a model on the hub, and {printable(model)} is a folder")
+        raise UsageError(f"--revision {revision} needs a model on the hub, but {printable(model)} is a folder")
     model_kwargs = {**(model_kwargs or {}), **({} if dtype is None else {"dtype": dtype})}
     if is_local and is_checkpoint(folder):
         from cocoa_embed.model.export import build_sentence_transformer
@@ -110,7 +110,7 @@ def load_model(
 def is_checkpoint(folder: Path) -> bool:
     """Return whether a model's folder is a checkpoint of a stage, whose training record says how it embeds.
 
-    One of several vectors is a checkpoint although it has the modules of a SentenceTransformer: they give the first.
+    A checkpoint of several vectors also has the modules of a SentenceTransformer, but they give only the first vector.
     """
     if not (folder / MODULES_FILE).is_file():
         return True
@@ -121,16 +121,16 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def side_by_side(model: MultiVectorEncoder) -> SentenceTransformer:
-    """Return a model of several vectors as one whose embeddings are these, side by side, vector 1 first.
+    """Return a model of several vectors as one whose embeddings concatenate them, vector 1 first.
 
-    :raises ValueError: If it is no export of this package.
+    :raises ValueError: If the model is not an export of this package.
     """
     from cocoa_embed.model.export import embedding_model
     from cocoa_embed.model.template import eos_tokens
 
     count = len(eos_tokens(model.tokenizer))
     if count == 1:
-        raise ValueError("it has a vector for each token; use a model of one vector, or of as many as <EOS>")
+        raise ValueError("it has a vector for each token; use a model with one vector, or one for each <EOS>")
     transformer: Any = model[0]
     prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
     return embedding_model(transformer, prompts, "eos", str(model.device), count)
@@ -177,7 +177,7 @@ def check_model(model: str | Path) -> None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Return whether a name can only be a model on the hub: ``owner/name``, where ``owner`` is no folder here."""
+    """Return whether a name can only be a model on the hub: ``owner/name``, where ``owner`` is not a folder here."""
     owner, slash, rest = name.partition("/")
     is_path = name.startswith((".", "~", os.sep)) or "/" in rest or "\\" in name
     return bool(owner and slash and rest) and not is_path and not Path(owner).exists()

@@ -8,10 +8,10 @@ from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.folders import RUN_MARKER, write_atomically
 
 TRAINING_FILE = "cocoa_training.json"
-"""In every checkpoint and export: the recipe and the stages of the weights. It is written after all other files."""
+"""A file in every checkpoint and export: the recipe and the stages of the weights. It is written last of all files."""
 
 RUN_FILE = "run.json"
-"""In the folder of a run: its recipe, data, machine, logs and samples; updated while its stages run."""
+"""A file in the folder of a run: its recipe, data, machine, logs and samples; updated while its stages run."""
 
 RUN_VERSION = 1
 
@@ -26,7 +26,7 @@ def read_training(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file() or not any(checkpoint.glob("*.safetensors")):
         refuse_unfinished(checkpoint)
         raise CocoaError(
-            f"{printable(checkpoint)} is no checkpoint: it needs {TRAINING_FILE} and *.safetensors. {remedy}"
+            f"{printable(checkpoint)} is not a checkpoint: it needs {TRAINING_FILE} and *.safetensors. {remedy}"
         )
     training = _read_object(path, remedy)
     keys = {"backbone", "origin", "recipe", "stages", "data"}
@@ -56,13 +56,13 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         run = run_of(folder)
         hint = f"it is part of the run {printable(run)}" if run else "name the --out of cocoa-embed train"
-        fault = f"is no training run: it has no {RUN_FILE}" if folder.exists() else "does not exist"
+        fault = f"is not a training run: it has no {RUN_FILE}" if folder.exists() else "does not exist"
         raise UsageError(f"{name} {fault}; {hint}")
     run_record = _read_object(path, "Restore it.")
     if run_record.get("version") != RUN_VERSION:
         raise CocoaError(
-            f"{printable(path)} has version {run_record.get('version')}, this cocoa-embed reads {RUN_VERSION}; use the "
-            "cocoa-embed that trained the run"
+            f"{printable(path)} has version {run_record.get('version')}, but this cocoa-embed reads {RUN_VERSION}; use "
+            "the cocoa-embed that trained the run"
         )
     return run_record
 
@@ -74,7 +74,7 @@ def write_run(folder: Path, run_record: dict[str, Any]) -> None:
 
 def run_of(path: Path) -> Path | None:
     """Return the run that a folder inside it (a stage, a checkpoint) is part of; None if there is none."""
-    files = (RUN_MARKER, RUN_FILE)  # other programs have a run.json, too
+    files = (RUN_MARKER, RUN_FILE)  # other programs also write a run.json
     parents = path.resolve().parents[:3]
     return next((parent for parent in parents if all((parent / name).is_file() for name in files)), None)
 
@@ -102,5 +102,5 @@ def _read_object(path: Path, remedy: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CocoaError(f"{printable(path)} cannot be read ({one_line(error)}): it is broken. {remedy}") from error
     if not isinstance(document, dict):
-        raise CocoaError(f"{printable(path)} is no JSON object: it is broken. {remedy}")
+        raise CocoaError(f"{printable(path)} is not a JSON object: it is broken. {remedy}")
     return document

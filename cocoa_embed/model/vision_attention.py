@@ -1,4 +1,4 @@
-"""Attention of the vision encoder in one call a layer, over the sequences of all images or of all windows."""
+"""Attention of the vision encoder in one call per layer, over the sequences of all images or all windows."""
 
 from collections.abc import Callable
 from copy import copy
@@ -14,14 +14,14 @@ from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.host_tensor import HostTensor
 
 REGISTERED = "cocoa_flash_varlen"
-"""Its name for transformers, whose models pass packed sequences only to a name with ``flash`` in it."""
+"""The name of the attention in transformers, which passes packed sequences only to names that contain ``flash``."""
 
 FIRST_CAPABILITY = 8
 """The oldest generation of CUDA devices with kernels for packed sequences (Ampere)."""
 
 
 def pack_vision_attention(model: PreTrainedModel) -> None:
-    """Let the vision encoder call attention once a layer, in place, if it takes all images as one sequence.
+    """Have the vision encoder call attention once per layer, in place, if it takes all images as one sequence.
 
     The model's config does not keep this setting.
     """
@@ -49,11 +49,11 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Compute full attention within each of the packed sequences; a transformers attention function.
 
-    On CUDA in half precision, one kernel runs all of them; elsewhere sdpa runs those of one length together.
+    On CUDA in half precision, one kernel runs all of them; elsewhere sdpa runs sequences of equal length together.
 
-    :param query: ``[1, heads, L, head width]``, as ``key`` and ``value``.
-    :param cu_seq_lens_q: Where the sequences begin and the last ends, int32 ``[sequences + 1]``.
-    :param max_length_q: The length of the longest.
+    :param query: ``[1, heads, L, head width]``, like ``key`` and ``value``.
+    :param cu_seq_lens_q: The boundaries of the sequences, int32 ``[sequences + 1]``.
+    :param max_length_q: The length of the longest sequence.
     :returns: ``[1, L, heads, head width]``, and None.
     """
     kwargs = {name: given for name, given in kwargs.items() if name in ("dropout", "scaling", "is_causal")}
@@ -62,7 +62,7 @@ def packed_attention(
     if (kernel := _kernel(query)) is not None:
         on_device = cu_seq_lens_q.on(query.device) if isinstance(cu_seq_lens_q, HostTensor) else cu_seq_lens_q
         packed = (each[0].transpose(0, 1) for each in (query, key, value))
-        longest = int(max_length_q)  # a tensor of the CPU in older versions of transformers
+        longest = int(max_length_q)  # a CPU tensor in older versions of transformers
         return kernel(*packed, on_device, on_device, longest, longest)[None], None
     lengths = [end - begin for begin, end in pairwise(cu_seq_lens_q.tolist())]
     sequences = [each.split(lengths, dim=2) for each in (query, key, value)]

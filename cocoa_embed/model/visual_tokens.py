@@ -5,10 +5,10 @@ from typing import Any, Protocol, runtime_checkable
 
 @runtime_checkable
 class PatchCounter(Protocol):
-    """An image processor that counts the patches of an image, as those of Qwen's and GLM's models do."""
+    """An image processor that counts the patches of an image, such as those of Qwen's and GLM's models."""
 
     merge_size: int
-    """Patches along each side that become one visual token."""
+    """The number of patches along each side of a visual token."""
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any]) -> int:
         """Return how many patches an image of this size becomes."""

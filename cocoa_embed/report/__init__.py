@@ -1,1 +1,1 @@
-"""The page that shows a run: what it holds, and how it is drawn. A pure renderer, with nothing of any run in it."""
+"""The page that shows a run: its content and its rendering. A pure renderer: it reads no run itself."""

@@ -1,6 +1,6 @@
-"""Draws training curves as SVG.
+"""Draw training curves as SVG.
 
-Lines are drawn in placeholder colours that become CSS variables, so that one drawing serves light and dark pages.
+Lines are drawn in placeholder colours that become CSS variables, so that one drawing works in light and dark pages.
 """
 
 import io
@@ -43,7 +43,7 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One chart: ``svg`` is trusted markup, every other text is to be escaped."""
+    """One chart: ``svg`` is trusted markup, every other text has to be escaped."""
 
     title: str
     detail: str
@@ -62,9 +62,9 @@ class Measure(NamedTuple):
 
 
 def read_curves(stages: Mapping[str, Any]) -> list[Curve]:
-    """Return the losses, accuracies and measures that stages logged, finite values only.
+    """Return the losses, accuracies and measures that stages have logged, finite values only.
 
-    :param stages: ``stages`` of ``run.json``.
+    :param stages: The ``stages`` of ``run.json``.
     """
     curves = []
     for name, stage in stages.items():
@@ -154,7 +154,7 @@ def _style(axes: Any, quantity: str, lines: list[Line]) -> None:  # noqa: ANN401
     ticker = require("matplotlib.ticker", "report")
     ink, grid = _PLACEHOLDERS["ink"], _PLACEHOLDERS["grid"]
     steps, values = ({point[axis] for line in lines for point in line.points} for axis in (0, 1))
-    if quantity in _AXES:  # the others have their name in the heading
+    if quantity in _AXES:  # other charts have the name in their heading
         axes.set_ylabel(_AXES[quantity], color=ink, fontsize=11)
         if min(values) >= 0:
             axes.set_ylim(bottom=0, top=None if max(values) else 1)
@@ -182,7 +182,7 @@ def _draw_line(axes: Any, line: Line) -> None:  # noqa: ANN401  matplotlib is op
 
 
 def smoothed(points: Points) -> Points:
-    """Return ``points``, replaced by their running mean where there are many (a window of one 25th of them)."""
+    """Return ``points`` or, if there are many, their running mean (over a window of one 25th of them)."""
     if len(points) < _SMOOTHED_FROM:
         return points
     window = np.ones(len(points) // 25 // 2 * 2 + 1)

@@ -1,4 +1,4 @@
-"""Chooses what the page of a run shows, from ``run.json`` and results of ``cocoa-embed eval``; reads no file."""
+"""Choose what the page of a run shows, from ``run.json`` and results of ``cocoa-embed eval``; no file is read."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,8 +36,8 @@ class EvalResult(NamedTuple):
     """A result of ``cocoa-embed eval``.
 
     :param document: The JSON document that it wrote.
-    :param tables: The same as tables.
-    :param file: The path of the document, for the page.
+    :param tables: The document as tables.
+    :param file: The path of the document, to show on the page.
     :param is_own: Whether the scored model is a checkpoint of this run, or an export of one.
     :param data: The absolute path of the data, if the document has it.
     """
@@ -50,7 +50,7 @@ class EvalResult(NamedTuple):
 
 
 class Headline(NamedTuple):
-    """A number at the top of the page: its label, the number, its meaning, and numbers to compare it with."""
+    """A number at the top of the page: its label, its value, its meaning, and values to compare it with."""
 
     label: str
     value: str
@@ -59,7 +59,7 @@ class Headline(NamedTuple):
 
 
 def title(run: Mapping[str, Any], folder: str) -> str:
-    """Return the name of the run's folder, with the recipe's name if it is another."""
+    """Return the name of the run's folder, followed by the recipe's name if that differs."""
     name, recipe = Path(folder).name, run["recipe"]["name"]
     return name if recipe == name else f"{name} ({recipe})"
 
@@ -119,12 +119,12 @@ def evaluation_title(result: EvalResult) -> str:
 
 
 def evaluation_note(result: EvalResult, stages: Mapping[str, Any]) -> str:
-    """Return the origin of a result, and a warning if its data are training data or its model is another."""
+    """Return the origin of a result, with a warning if its data are training data, or its model is not the run's."""
     notes = [f"From {result.file}."]
     if result.data is not None:
         notes.append(f"The pairs are those of {result.data}.")
     if not result.is_own:
-        notes.append("This model is not known to be of this run.")
+        notes.append("This model is not known to come from this run.")
     if seen_by := trained_on(result, stages):
         notes.append(
             f"These are training data of {listed(seen_by)}: the scores show what the model has learned from them, not "
@@ -134,11 +134,11 @@ def evaluation_note(result: EvalResult, stages: Mapping[str, Any]) -> str:
 
 
 def samples_note(stage: Mapping[str, Any]) -> str:
-    """Return whether a stage was trained on the rows of its samples."""
+    """Return a sentence on whether a stage was trained on the rows of its samples."""
     if not stage["samples"]["held_out"]:
         return "The stage trains on these rows: they show what it has learned, not how it does on other rows."
     seen_by = listed(stage["held_out"]["seen_by"])
-    return "The stage was not trained on these rows" + f"; they are of the data of {seen_by}" * bool(seen_by) + "."
+    return "The stage was not trained on these rows" + f"; they come from the data of {seen_by}" * bool(seen_by) + "."
 
 
 def facts(run: Mapping[str, Any], folder: str) -> Iterator[tuple[str, str]]:

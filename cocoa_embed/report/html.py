@@ -1,4 +1,4 @@
-"""Renders templates as HTML pages that need no other file and look like the search page of the server."""
+"""Render templates as self-contained HTML pages that look like the search page of the server."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from cocoa_embed.errors import require
 from cocoa_embed.report.words import cut
 
 STYLES = Path(__file__).parents[1] / "serve" / "page"
-"""The folder of the one stylesheet."""
+"""The folder of the shared stylesheet."""
 
 
 def render(
@@ -16,10 +16,10 @@ def render(
 ) -> str:
     """Return a page.
 
-    :param template: Extends ``base.html.jinja``.
+    :param template: A template that extends ``base.html.jinja``.
     :param extra: The extra that an error names if Jinja2 is not installed.
-    :param filters: The template's own filters.
-    :param values: Its variables; ``title`` is the heading.
+    :param filters: Additional filters of the template.
+    :param values: The variables of the template; ``title`` is the heading.
     :raises MissingExtraError: If Jinja2 is not installed.
     """
     jinja2 = require("jinja2", extra)
@@ -32,4 +32,4 @@ def render(
     )
     environment.filters |= {"cut": cut, **(filters or {})}
     page: str = environment.get_template(template.name).render(**values)
-    return page.encode("utf-8", errors="backslashreplace").decode("utf-8")  # names of files need not be Unicode
+    return page.encode("utf-8", errors="backslashreplace").decode("utf-8")  # file names need not be valid Unicode

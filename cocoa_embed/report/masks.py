@@ -1,4 +1,4 @@
-"""Lays out the bridge's attention mask as coloured runs to draw."""
+"""Lay out the bridge's attention mask as coloured runs to draw."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 SHOWN_WHOLE = 40
-"""Longer masks are condensed."""
+"""Masks with more positions are condensed."""
 
 SHOWN_POSITIONS = 12
 """Positions of a long block that are shown one by one."""
 
 
 class Span(NamedTuple):
-    """``length`` neighbouring positions from ``start`` on that have one value."""
+    """``length`` neighbouring positions, from ``start`` on, that have the same value."""
 
     value: str
     start: int
@@ -42,10 +42,10 @@ class Mask:
         return cls(allowed, sample["labels"], sample["blocks"])
 
     def condensed(self) -> "Mask":
-        """Return the mask, if it is longer than ``SHOWN_WHOLE``, with fewer positions to draw.
+        """Return the mask with fewer positions to draw, if it is longer than ``SHOWN_WHOLE``.
 
-        Neighbours that attend to, and are attended by, the same positions are merged: those with one label
-        ("256 × <|image_pad|>"), and in a long sequence of them all but the first ``SHOWN_POSITIONS`` ("… 40 more").
+        Neighbours that attend to, and are attended to by, the same positions are merged: those with the same label
+        ("256 × <|image_pad|>") and, in a long sequence of them, all after the first ``SHOWN_POSITIONS`` ("… 40 more").
         """
         if len(self.labels) <= SHOWN_WHOLE:
             return self
@@ -71,7 +71,7 @@ class Mask:
         return Mask(self.allowed[np.ix_(kept, kept)], labels, [self.blocks[position] for position in kept])
 
     def rows(self) -> list[list[Span]]:
-        """Return the allowed cells of each row, neighbours of one kind ("a", "eos", "b" or "leak") together."""
+        """Return the allowed cells of each row, with neighbours of one kind ("a", "eos", "b" or "leak") merged."""
         cells = (zip(self.blocks, allowed, strict=True) for allowed in self.allowed)
         kinds = (
             [_kind(reader, read) if yes else "" for read, yes in row]
@@ -80,7 +80,7 @@ class Mask:
         return [[span for span in spans(row) if span.value] for row in kinds]
 
     def attends(self, reader: str, read: str) -> bool:
-        """Return whether any position of a block attends to one of another block."""
+        """Return whether any position of the block ``reader`` attends to one of the block ``read``."""
         blocks = np.array(self.blocks)
         return bool(self.allowed[np.ix_(blocks == reader, blocks == read)].any())
 
@@ -97,7 +97,7 @@ def _kind(reader: str, read: str) -> str:
 
 
 def spans(values: Sequence[str]) -> list[Span]:
-    """Return the neighbouring equal values, in order."""
+    """Return the runs of equal neighbouring values, in order."""
     found, start = [], 0
     for value, group in groupby(values):
         length = len(list(group))

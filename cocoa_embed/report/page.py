@@ -1,4 +1,4 @@
-"""Renders the page of a run as one HTML file that needs no network."""
+"""Render the page of a run as one HTML file that needs no network."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from cocoa_embed.report.masks import Mask, spans
 from cocoa_embed.report.words import token_text
 
 SHOWN_TOKENS = 300
-"""Longer sequences are cut to so many tokens."""
+"""Longer sequences are cut to this many tokens."""
 
 
 def render_page(
@@ -29,11 +29,11 @@ def render_page(
     """Return the page of a run: one HTML document with its styles, images and charts; empty sections are left out.
 
     :param run: The content of ``run.json``.
-    :param folder: The run's folder, for the page.
-    :param title: By default the name of the folder, and of the recipe.
-    :param subtitle: By default a sentence about backbone and stages.
-    :param searches: Searches to show, those of one title together.
-    :param notes: Sentences at the end.
+    :param folder: The run's folder, to show on the page.
+    :param title: The title; by default the name of the folder and, if it differs, of the recipe.
+    :param subtitle: The subtitle; by default a sentence about backbone and stages.
+    :param searches: Searches to show; those with the same title have to be adjacent.
+    :param notes: Sentences to show at the end.
     :raises MissingExtraError: If jinja2 or matplotlib is not installed.
     """
     # A stage that has not begun has neither samples nor held-out rows.

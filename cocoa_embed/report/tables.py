@@ -1,4 +1,4 @@
-"""Tables of results as Markdown, as one HTML page that needs no other file, and for a terminal."""
+"""Tables of results as Markdown, as a self-contained HTML page, and for a terminal."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Score(NamedTuple):
     """A cell with a number.
 
     :param text: The number as readers see it.
-    :param value: The highest value of a column is set in bold; negate it if lower is better. None, for chance and the
-        like, is not compared.
-    :param detail: Text beside the number, such as its interval.
+    :param value: The value that decides which score of a column is the best, set in bold; negate it if lower is better.
+        None, for chance and the like, is not compared.
+    :param detail: Text next to the number, such as its interval.
     """
 
     text: str
@@ -45,7 +45,7 @@ class Table:
     """A table for readers; the best score of each column is set in bold.
 
     :param header: The names of the columns; the first column names the row.
-    :param rows: As many cells each as the header has.
+    :param rows: The rows, each with as many cells as the header.
     :param notes: Sentences below the table.
     """
 
@@ -56,7 +56,7 @@ class Table:
 
     @property
     def cells(self) -> list[list[Cell]]:
-        """The rows as they are drawn. Scores that read the same are equally good; a single score is not set in bold."""
+        """The rows as drawn. Scores with the same text are equally good; a single score is not set in bold."""
         best = [_best([cell for cell in column if isinstance(cell, Score)]) for column in zip(*self.rows, strict=True)]
         return [
             [
@@ -92,7 +92,7 @@ def _markdown_cell(cell: Cell) -> str:
 
 
 def _escape(text: str) -> str:
-    """Return a text that Markdown shows as it is."""
+    """Return a text escaped so that Markdown shows it literally."""
     plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKDOWN.sub(lambda found: "\\" + found[0], plain)
 
@@ -106,7 +106,7 @@ def to_html(title: str, tables: Sequence[Table]) -> str:
 
 
 def to_terminal(table: Table) -> TerminalTable:
-    """Return the table for a rich console, without its notes; details stand below their numbers."""
+    """Return the table for a rich console, without its notes; details are below their numbers."""
     drawn = TerminalTable(title=Text(table.title), title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
     for name, cell in zip(table.header, table.cells[0], strict=True):
         drawn.add_column(

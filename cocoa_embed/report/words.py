@@ -1,7 +1,7 @@
 """Words of the report: labels and meanings of logged metrics, durations, tokens as text."""
 
 SHOWN_CHARACTERS = 300
-"""Longer texts are cut to so many characters, the last of them an ellipsis."""
+"""Longer texts are cut to this many characters, the last of them an ellipsis."""
 
 SERIES = {
     "loss": ("total loss", "total"),
@@ -13,18 +13,18 @@ SERIES = {
     "accuracy_shuffled_image": ("with a shuffled image", "shuffled"),
     "accuracy_no_image": ("without an image", "other"),
 }
-"""Logged metric to its label and its colour, a CSS variable of the page."""
+"""The label and the colour (a CSS variable of the page) of each logged metric."""
 
 MATCHING, SHUFFLED, NO_IMAGE = list(SERIES)[-3:]
 
 GEOMETRY = {
     "alignment": "mean squared distance of a pair: 0 for equal embeddings, about 2 for unrelated ones",
-    "uniformity": "how evenly they are spread over the sphere: 0 is all in one place, about -4 an even spread",
-    "modality_gap": "distance between the centres of images and texts: 0 if they are in the same place",
-    "effective_rank": "dimensions in use: few mean that the embeddings have collapsed",
-    "pair_recall": "embeddings whose nearest one on the other side is their own pair: recall@1 among the rows measured",
+    "uniformity": "how evenly embeddings are spread over the sphere: 0 if all are equal, about -4 for an even spread",
+    "modality_gap": "distance between the centroids of images and texts: 0 if they coincide",
+    "effective_rank": "number of dimensions in use: a low one means that the embeddings have collapsed",
+    "pair_recall": "ratio of embeddings whose nearest one on the other side is their pair: recall@1 among these rows",
 }
-"""Alignment and uniformity of Wang and Isola (2020), gap of Liang et al. (2022), rank of Roy and Vetterli (2007)."""
+"""Alignment and uniformity by Wang and Isola (2020), gap by Liang et al. (2022), rank by Roy and Vetterli (2007)."""
 
 
 def duration(seconds: float) -> str:
@@ -46,5 +46,5 @@ def listed(names: list[str]) -> str:
 
 
 def token_text(token: str) -> str:
-    """Return the text of a token without its leading space, white space alone made visible."""
+    """Return the text of a token without surrounding space; a token of only white space is made visible."""
     return token.strip() or {"": "∅"}.get(token, "⏎" if "\n" in token else "␣")

@@ -1,1 +1,1 @@
-"""A warm process over one index and one model: search, thumbnails and embeddings over HTTP."""
+"""A server that keeps one index and one model loaded: search, thumbnails and embeddings over HTTP."""

@@ -10,7 +10,7 @@ from cocoa_embed.errors import CocoaError, UsageError, one_line
 
 
 def check_address(host: str, api_key: str | None) -> None:
-    """Check that what others can reach has a key.
+    """Check that an address that other machines can reach has a key.
 
     :raises UsageError: If it has none, or one that no header can hold.
     """
@@ -30,7 +30,7 @@ def check_key(api_key: str) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address."""
+    """Return whether only this machine can reach an address."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -38,14 +38,14 @@ def is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket at an address; nobody can connect before it listens.
+    """Return a socket bound to an address; no client can connect before it listens.
 
     :raises CocoaError: If the address is taken, or not this machine's.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host has such a form
-        raise CocoaError(f"{host!a} is no address ({one_line(error)}); give another --host") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: not the form of a host name
+        raise CocoaError(f"{host!a} is not an address ({one_line(error)}); give another --host") from error
     family, kind, protocol, _, address = found[0]
     try:
         # Only with the protocol's number does asyncio turn off Nagle's algorithm, which delays an answer by 40 ms.
@@ -54,7 +54,5 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
-        raise CocoaError(
-            f"{host} port {port} cannot be listened at ({one_line(error)}); give another {option}"
-        ) from error
+        raise CocoaError(f"cannot listen on {host} port {port} ({one_line(error)}); give another {option}") from error
     return bound

@@ -48,7 +48,7 @@ PAGE = Path(__file__).with_name("page")
 """The folder of the page's files."""
 
 FACET_SECONDS = 30.0
-"""How long the facets of a collection stay as they were read."""
+"""How long the facets of a collection are cached."""
 
 SIZES = (16, 1024)
 """The least and the most pixels of a thumbnail's longer side."""
@@ -60,12 +60,12 @@ Embed: TypeAlias = Callable[[Sequence[ModelInput]], np.ndarray]
 
 
 class Api:
-    """The answers of the API over one collection and one model."""
+    """The handlers of the API over one collection and one model."""
 
     def __init__(self, indexer: QdrantIndexer, batches: Batches, limits: Limits) -> None:
         """Name the collection and the model.
 
-        :param indexer: Its model is before the queue.
+        :param indexer: Its model is a ``BatchingEncoder``.
         """
         self.indexer = indexer
         self.encoder = BatchingEncoder(batches)
@@ -78,11 +78,11 @@ class Api:
         self._other_threads = anyio.CapacityLimiter(2 * available_cores())
 
     async def health(self, request: Request) -> Response:
-        """Answer that the server lives."""
+        """Report that the server is running."""
         return JSONResponse({"status": "ok"})
 
     async def info(self, request: Request) -> Response:
-        """Describe the collection, and what filters can choose."""
+        """Describe the collection, with the facets to filter by."""
         return JSONResponse(await self._in_thread(self._other_threads, self._describe))
 
     async def search(self, request: Request) -> Response:
@@ -93,7 +93,7 @@ class Api:
         return JSONResponse({"hits": list(map(hit_fields, hits)), "seconds": time.perf_counter() - started})
 
     async def thumbnail(self, request: Request) -> Response:
-        """Answer a small picture of a point."""
+        """Send a small picture of a point."""
         id_, size = request.path_params["id"], request.query_params.get("size", "320")
         least, most = SIZES
         if not (size.isdecimal() and len(size) <= len(str(most)) and least <= int(size) <= most):
@@ -101,7 +101,7 @@ class Api:
         return await self._picture(request, f"{id_}-{size}", partial(self.pictures.thumbnail, id_, int(size)))
 
     async def image(self, request: Request) -> Response:
-        """Answer the full picture of a point."""
+        """Send the full picture of a point."""
         id_ = request.path_params["id"]
         return await self._picture(request, id_, partial(self.pictures.full, id_))
 
@@ -109,7 +109,7 @@ class Api:
         """Embed texts and images, as OpenAI's API does."""
         asked = check(EmbeddingRequest, await read_json(request))
         if asked.model not in (None, self.encoder.name):
-            raise HTTPException(404, f"there is no model {asked.model!a} here; it is {self.encoder.name!a}")
+            raise HTTPException(404, f"there is no model {asked.model!a} here; the only one is {self.encoder.name!a}")
         vectors, tokens = await self._in_thread(self._model_threads, partial(self._embed, asked))
         as_base64 = asked.encoding_format == "base64"
         written = [base64.b64encode(each.astype("<f4")).decode() if as_base64 else each.tolist() for each in vectors]
@@ -148,7 +148,7 @@ class Api:
         for batch, pixels in in_batches(items, BATCH_ITEMS, self._limits.pixels, self.batches.visual_tokens):
             if time.monotonic() > deadline:
                 raise BusyError(
-                    f"the model had no time for {len(items)} inputs within {self._limits.seconds:g} seconds"
+                    f"the model could not embed {len(items)} inputs within {self._limits.seconds:g} seconds"
                 )
             embeddings, count = self._embed_batch(embed, batch, pixels)
             vectors.append(embeddings)
@@ -161,7 +161,7 @@ class Api:
             return embed(inputs), self.batches.count_tokens(inputs)
 
     async def _picture(self, request: Request, tag: str, draw: Callable[[], tuple[bytes, str]]) -> Response:
-        """Answer a picture of a point, or that the browser has it: a point's content never changes."""
+        """Send a picture of a point, or status 304 if the browser has it: a point's content never changes."""
         headers = {"ETag": f'"{tag}"', "Cache-Control": "private, max-age=3600"}
         await self._in_thread(self._other_threads, partial(self.pictures.payload, request.path_params["id"]))
         if headers["ETag"] in request.headers.get("if-none-match", ""):
@@ -170,7 +170,7 @@ class Api:
         return Response(data, headers=headers, media_type=media_type)
 
     async def _in_thread(self, limiter: anyio.CapacityLimiter, work: Callable[[], Answer]) -> Answer:
-        """Return what a function returns, which a thread runs to its end even if nobody waits any more.
+        """Run a function in a thread and return its result; it runs to its end even if the client no longer waits.
 
         :raises BusyError: If there is no answer in time.
         """
@@ -182,12 +182,12 @@ class Api:
 
 
 def make_app(indexer: QdrantIndexer, batches: Batches, limits: Limits, api_key: str | None) -> Starlette:
-    """Return the application over a collection; at its end it closes the collection and the queue.
+    """Return the application over a collection; when it stops, it closes the collection and the queue.
 
     :param indexer: Its model is a ``BatchingEncoder``.
-    :param batches: The queue before the model.
-    :param limits: What a request may take.
-    :param api_key: What every request must bring; without one, only this machine is answered.
+    :param batches: The queue in front of the model.
+    :param limits: The limits of requests.
+    :param api_key: The key that every request must send; without one, only requests to this machine are answered.
     """
     api = Api(indexer, batches, limits)
 
@@ -216,14 +216,14 @@ def make_app(indexer: QdrantIndexer, batches: Batches, limits: Limits, api_key: 
 
 
 def hit_fields(hit: Hit) -> dict[str, Any]:
-    """Return what the API says of a hit."""
+    """Return the fields of a hit in the API."""
     fields = {name: getattr(hit, name) for name in ("id", "score", "path", "caption")}
     size = {name: hit.payload.get(name) for name in ("width", "height")}
     return {**fields, **size, "payload": plain_payload(hit.payload)}
 
 
 async def refused(request: Request, error: Exception) -> Response:
-    """Answer an error: of HTTP, one for people, or a fault of the server's, whose traceback is on standard error."""
+    """Return the response to an error; if the server itself failed, the traceback is on standard error."""
     if isinstance(error, HTTPException):
         return error_response(error.status_code, error.detail)
     if isinstance(error, CocoaError):

@@ -21,7 +21,7 @@ from cocoa_embed.errors import CocoaError, UsageError, one_line
 from cocoa_embed.serve.limits import BusyError
 
 BATCH_ITEMS = 32
-"""The most inputs in a batch. A request queues no more at once, so that others get their turn."""
+"""The most inputs in a batch. A request queues no more at once, so that other requests get their turn."""
 
 
 class Job(NamedTuple):
@@ -36,12 +36,12 @@ class Job(NamedTuple):
 
 
 class Batches:
-    """A thread that embeds what has come while it embedded the batch before."""
+    """A thread that embeds together the inputs that arrived while it embedded the previous batch."""
 
     def __init__(self, encoder: Encoder, seconds: float) -> None:
         """Start the thread.
 
-        :param encoder: Of the model, which makes whole embeddings here.
+        :param encoder: The encoder of the model; the queue returns whole embeddings.
         :param seconds: How long a request waits for its embeddings.
         """
         self.encoder = encoder.truncate(None, encoder.most_vectors)
@@ -58,7 +58,7 @@ class Batches:
         """Wait for the embeddings of inputs.
 
         :returns: float32, of the shape of the model's embeddings.
-        :raises BusyError: If they are not there in time, or the queue is closed.
+        :raises BusyError: If they are not ready in time, or the queue is closed.
         :raises Exception: What the model raises for one of the inputs.
         """
         deadline = time.monotonic() + self._seconds
@@ -73,7 +73,7 @@ class Batches:
             try:
                 embeddings += [job.embedding.result(deadline - time.monotonic()) for job in jobs]
             except FutureTimeoutError:
-                raise BusyError(f"the model had no time for this within {self._seconds:g} seconds; try again") from None
+                raise BusyError(f"the model did not finish within {self._seconds:g} seconds; try again") from None
             finally:
                 for job in jobs:
                     job.embedding.cancel()
@@ -86,7 +86,7 @@ class Batches:
         return sum(map(len, encoded)) + sum(self._tokens(each) for each in inputs if "image" in each)
 
     def close(self) -> None:
-        """Refuse what waits, and end the thread after the batch that it embeds."""
+        """Refuse waiting inputs, and end the thread after its current batch."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -141,7 +141,7 @@ class Batches:
 def own_tokenizer(tokenizer: object) -> Tokenizer | None:
     """Return a copy of a model's fast tokenizer that neither pads nor truncates; None if the tokenizer is slow.
 
-    Calls of the model change the state of its own, which other threads must not count with.
+    Calls of the model change the state of the model's own tokenizer, so other threads must not count with it.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -157,7 +157,7 @@ class BatchingEncoder(Encoder):
     """An encoder whose queries and documents, from any thread, go through one queue."""
 
     def __init__(self, batches: Batches, dimension: int | None = None) -> None:
-        """Stand before a queue.
+        """Send inputs through a queue.
 
         :param dimension: Truncate every embedding to this many dimensions.
         """
@@ -172,4 +172,4 @@ class BatchingEncoder(Encoder):
         except CocoaError as error:
             raise UsageError(str(error)) from error
         except ValueError as error:  # processors refuse an image much longer than wide
-            raise UsageError(f"{self.name} does not take the input ({one_line(error)})") from error
+            raise UsageError(f"{self.name} does not accept the input ({one_line(error)})") from error

@@ -19,9 +19,9 @@ def post_search(server: str, document: Mapping[str, Any], api_key: str | None = 
 
     No proxy is used and no redirect is followed: the key goes to the named server only.
 
-    :param server: ``http://127.0.0.1:8000``; a path behind the port goes before ``/search``.
+    :param server: ``http://127.0.0.1:8000``; a path after the port goes before ``/search``.
     :raises UsageError: If the address or the key is malformed, or the server refuses the request as malformed.
-    :raises CocoaError: If no server answers, it fails, or it is another server.
+    :raises CocoaError: If no server answers, it fails, or it is not a server of cocoa-embed.
     """
     if api_key:
         check_key(api_key)
@@ -32,7 +32,7 @@ def post_search(server: str, document: Mapping[str, Any], api_key: str | None = 
             raise ValueError
         connection = kind(address.hostname, address.port, timeout=TIMEOUT_SECONDS)
     except ValueError:
-        raise UsageError(f"{server!a} is no address of a server; give one such as http://127.0.0.1:8000") from None
+        raise UsageError(f"{server!a} is not the address of a server; give one such as http://127.0.0.1:8000") from None
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
     try:
         connection.request("POST", address.path.rstrip("/") + "/search", json.dumps(document), headers)
@@ -50,5 +50,7 @@ def post_search(server: str, document: Mapping[str, Any], api_key: str | None = 
             return dict(answer)
         message = answer["error"]["message"]
     except (ValueError, TypeError, KeyError):
-        raise CocoaError(f"{server} is no server of cocoa-embed (it answers with status {response.status})") from None
+        raise CocoaError(
+            f"{server} is not a server of cocoa-embed (it answers with status {response.status})"
+        ) from None
     raise (UsageError if response.status == 400 else CocoaError)(f"{server}: {message}")

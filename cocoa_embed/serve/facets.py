@@ -11,21 +11,21 @@ from cocoa_embed.integrations.qdrant.points import NODE_KEYS, REVISION, Payload
 from cocoa_embed.integrations.qdrant.searching.payload_keys import flat
 
 SAMPLE = 2000
-"""Points that are read."""
+"""The number of points that are read to find facets."""
 
 MAX_VALUES = 20
-"""Values of a facet."""
+"""The maximum number of values of a facet."""
 
 MAX_CHARACTERS = 64
-"""A key with a longer value is text to search in."""
+"""A key with a longer value becomes a facet of kind ``text``."""
 
 HIDDEN = NODE_KEYS | {REVISION, "path", "paths", "relative_path", "relative_paths", "mtimes", "sha256"}
 HIDDEN |= {"thumbnail", "caption_source", "metadata"}
-"""The payload keys that nobody chooses values of."""
+"""The payload keys that are not offered as facets."""
 
 
 def make_facets(payloads: Iterable[Payload]) -> list[dict[str, Any]]:
-    """Return the facets of points, those of most points first; keys that no filter can name have none.
+    """Return the facets of points, the most frequent keys first, without keys that no filter can name.
 
     :returns: ``key``, as a filter names it, and ``kind``: a ``number`` with ``min`` and ``max``, a ``keyword`` with
         ``values``, pairs of a value and its count, or ``text``.

@@ -1,4 +1,4 @@
-"""What stands before every request: the key, the host, the number of requests, and the size of a body."""
+"""Checks before every request: the key, the host, the number of requests, and the size of a body."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cocoa_embed.serve.address import is_loopback
 from cocoa_embed.serve.limits import BusyError, Limits
 
 OPEN_PATHS = frozenset({"/", "/page.css", "/page.js", "/health"})
-"""What needs no key: the page, which asks for it, and the sign of life."""
+"""The paths that need no key: the page, which asks for it, and the health check."""
 
 HEADERS = {
     b"x-content-type-options": b"nosniff",
@@ -24,7 +24,7 @@ HEADERS = {
     b"content-security-policy": b"default-src 'self'; img-src 'self' blob: data:; style-src 'self' 'unsafe-inline';"
     b" frame-ancestors 'none'; base-uri 'none'",
 }
-"""Of every answer: other sites cannot show what is here, and the page loads nothing from elsewhere."""
+"""Headers of every response: other sites cannot show what is here, and the page loads nothing from elsewhere."""
 
 
 def error_response(status: int, message: str) -> JSONResponse:
@@ -37,10 +37,10 @@ class Guard:
     """ASGI middleware that refuses requests before they reach a route."""
 
     def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None) -> None:
-        """Stand before an application.
+        """Wrap an application.
 
-        :param api_key: What every request must bring; without one, requests must name this machine as their host, so
-            that no page of another site reaches the server through a name that leads here.
+        :param api_key: The key that every request must send; without one, requests must name this machine as their
+            host, so that no page of another site reaches the server through a name that resolves to it.
         """
         self._app = app
         self._limits = limits
@@ -73,7 +73,7 @@ class Guard:
         headers = Headers(scope=scope)
         if self._expected is None and not is_this_machine(headers.get("host", "")):
             return error_response(
-                400, "without an API key, requests go to localhost, 127.0.0.1 or another loopback address"
+                400, "without an API key, requests must be sent to localhost, 127.0.0.1 or another loopback address"
             )
         given = headers.get("authorization", "").encode("latin-1", "replace")
         if self._expected is not None and scope["path"] not in OPEN_PATHS:
@@ -83,11 +83,11 @@ class Guard:
         if length.isdecimal() and int(length) > self._limits.body_bytes:
             return error_response(413, self._too_large)
         if self._active >= self._limits.waiting and scope["path"] != "/health":
-            return error_response(503, f"{self._active} requests are being answered, the most at once; try again")
+            return error_response(503, f"{self._active} requests are being answered, which is the maximum; try again")
         return None
 
     def _limited(self, receive: Receive, received: list[int]) -> Receive:
-        """Return what receives a body up to the limits of size and time, and notes its size."""
+        """Return a function that receives a body up to the limits of size and time, and records its size."""
         deadline = time.monotonic() + self._limits.seconds
         is_complete = False
 

@@ -1,4 +1,4 @@
-"""What a request may take, and the error of one that has to wait too long for it."""
+"""The limits of requests, and the error for a request that has to wait too long."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class Limits:
 
     body_bytes: int = 32 * 2**20
     seconds: float = 30.0
-    """For a body to arrive, and again for the answer."""
+    """The time for a body to arrive, and again for the answer."""
     waiting: int = 1024
-    """Requests at once, those included that wait; another one gets status 503."""
+    """The maximum number of requests at once, including those that wait; further ones get status 503."""
     waiting_bytes: int = 2**29
-    """Of the bodies of all requests at once: 512 MiB."""
+    """The maximum size of the bodies of all requests at once: 512 MiB."""
     threads: int = 32
     """Requests that are searched or embedded at once."""
     pixels: int = 2**28
-    """Of all pictures that wait for the model, decoded: 768 MiB. A search holds its picture twice, or nine
-    times in any orientation; what is larger than all waits until it is alone."""
+    """The maximum number of pixels of all pictures that wait for the model: 768 MiB decoded. A search holds its picture
+    twice, or nine times with any orientation; a picture above the maximum waits until it is alone."""
 
 
 class PixelBudget:
-    """Lets threads decode pictures as long as all of them together have at most so many pixels."""
+    """Lets threads decode pictures as long as all of them together do not exceed a number of pixels."""
 
     def __init__(self, pixels: int, seconds: float) -> None:
         """Set the number of pixels, and how long a thread waits for them."""
@@ -43,14 +43,16 @@ class PixelBudget:
 
     @contextmanager
     def hold(self, pixels: int) -> Iterator[None]:
-        """Wait for room for so many pixels, or for all of it, and hold it.
+        """Wait until ``pixels`` of the budget are free, or all of it if it is smaller, and hold them.
 
-        :raises BusyError: If it is not free in time.
+        :raises BusyError: If they are not free in time.
         """
         pixels = min(pixels, self._most)
         with self._changed:
             if not self._changed.wait_for(lambda: self._free >= pixels, self._seconds):
-                raise BusyError(f"other pictures took all the room for {self._seconds:g} seconds; try again")
+                raise BusyError(
+                    f"other pictures left no memory for this one within {self._seconds:g} seconds; try again"
+                )
             self._free -= pixels
         try:
             yield

@@ -28,7 +28,7 @@ JPEG_SIDE = 65_500
 """The most pixels of a JPEG's side; a longer picture that becomes one is scaled down."""
 
 CACHED_THUMBNAILS = 2000
-"""In memory, some 20 KB each."""
+"""Thumbnails that are kept in memory, about 20 KB each."""
 
 
 class Pictures:
@@ -51,7 +51,7 @@ class Pictures:
         return next(iter(found.values()))
 
     def full(self, id_: str) -> tuple[bytes, str]:
-        """Return the file of a point's picture, and its media type; as JPEG if browsers do not show that.
+        """Return the file of a point's picture, and its media type; as JPEG if browsers do not show its type.
 
         :raises NotIndexedError: If there is no such point, or none of its files holds the picture any more.
         """
@@ -80,16 +80,16 @@ class Pictures:
 
 
 def read_picture(payload: Payload) -> tuple[bytes, Image.Image, str]:
-    """Return the first of a point's files that holds its picture: the file, upright RGB, and the media type.
+    """Read the first of a point's files that holds its picture; return its bytes, upright RGB, and the media type.
 
-    :raises NotIndexedError: If there is none; the message has the reason for the first.
+    :raises NotIndexedError: If there is none; the message gives the reason for the first.
     """
     paths = filter(None, dict.fromkeys((image_path(payload), *(str(each.path) for each in stored_locations(payload)))))
     reasons: list[CocoaError] = []
     for key in paths:
         try:
             if "://" in key or not os.path.isabs(key):
-                reason = "is not on this machine; its thumbnail is, if it is indexed with --thumbnails"
+                reason = "is not on this machine; index it with --thumbnails to have its thumbnail here"
                 raise ImageError(printable(key), reason)
             data = read_key(key)
             check_content(data, key, payload)
@@ -100,7 +100,7 @@ def read_picture(payload: Payload) -> tuple[bytes, Image.Image, str]:
 
 
 def check_content(data: bytes, key: str, payload: Payload) -> None:
-    """Check that a file still is what was indexed; a page or a frame, drawn anew, may differ.
+    """Check that a file is still what was indexed; a page or a frame, which is drawn again, may differ.
 
     :raises ImageError: If it is not.
     """

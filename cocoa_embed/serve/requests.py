@@ -1,4 +1,4 @@
-"""Read what requests ask for: JSON or a form, checked. Nothing of the machine is opened here."""
+"""Read and check requests, which are JSON or a form. No file of the machine is opened here."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from cocoa_embed.images.load import decode_image, image_size, read_image_source
 from cocoa_embed.serve.limits import PixelBudget
 
 MAX_HITS = 10_000
-"""The most hits of a search, those that it skips included."""
+"""The maximum number of hits of a search, including those that it skips."""
 MAX_INPUTS = 2048
-"""Of one request for embeddings, as OpenAI's."""
+"""The maximum number of inputs in a request for embeddings, as in OpenAI's API."""
 MAX_FIELDS = 100
-"""Of a form."""
+"""The maximum number of fields of a form."""
 FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 Checked = TypeVar("Checked", bound=BaseModel)
@@ -72,7 +72,7 @@ class SearchRequest(BaseModel):
 
 
 class EmbeddingRequest(BaseModel):
-    """A request for embeddings, as OpenAI's API has it, with images, and queries apart from documents."""
+    """A request for embeddings as in OpenAI's API, plus images, and whether the inputs are queries or documents."""
 
     input: Any
     model: str | None = None
@@ -94,7 +94,7 @@ class EmbeddingRequest(BaseModel):
 
 def _read_item(given: object, name: str) -> Item:
     if isinstance(given, int | list):
-        raise UsageError("input has numbers of tokens; give texts (in LangChain: check_embedding_ctx_length=False)")
+        raise UsageError("input holds token ids; give texts (in LangChain: check_embedding_ctx_length=False)")
     item = {"text": given} if isinstance(given, str) else given
     if not isinstance(item, dict) or not item or item.keys() - {"text", "image"}:
         raise UsageError("an input is a text, or an object with text, image (a data: URI), or both")
@@ -107,23 +107,23 @@ def _read_item(given: object, name: str) -> Item:
 def as_picture(value: object, name: str | None = None) -> Picture | None:
     """Return a picture that is given as the file of a form or as a ``data:`` URI.
 
-    :param name: Of a URI in errors [default: its length].
+    :param name: The name of a URI in errors [default: its length].
     :raises UsageError: If it is anything else: a path or an address would be read on the server's side.
     :raises ImageError: If the URI is malformed.
     """
     if value is None or isinstance(value, Picture):
         return value
     if not isinstance(value, str) or value[:5].lower() != "data:":
-        raise UsageError("the image is neither a file of a form nor a data: URI; give one of these")
+        raise UsageError("the image is neither an uploaded file nor a data: URI; give one of these")
     data, uri = read_image_source(value)
     return Picture(data, name or uri)
 
 
 @contextmanager
 def decoded(items: Sequence[Item], pixels: int, budget: PixelBudget) -> Iterator[list[ModelInput]]:
-    """Decode pictures once there is room for so many pixels, and hold the room until the end of the block.
+    """Decode pictures once there is room for ``pixels``, and hold the room until the end of the block.
 
-    :raises ImageError: If one is no picture.
+    :raises ImageError: If one is not a picture.
     :raises UsageError: If an item has neither text nor picture.
     :raises BusyError: If there is no room in time.
     """
@@ -139,10 +139,10 @@ def decoded(items: Sequence[Item], pixels: int, budget: PixelBudget) -> Iterator
 def in_batches(
     items: Iterable[Item], most_items: int, most_pixels: int, count_tokens: CountTokens
 ) -> Iterator[tuple[list[Item], int]]:
-    """Yield items in order, as batches with the pixels of their pictures; a larger picture is a batch of its own.
+    """Yield items in order, in batches, each with its number of pixels; a picture above the limit is its own batch.
 
-    :param count_tokens: Refuses sizes that the model does not take.
-    :raises ImageError: As ``count_pixels`` does, once a batch would have the picture.
+    :param count_tokens: Refuses sizes that the model does not accept.
+    :raises ImageError: As ``count_pixels`` does, when the picture's turn comes.
     """
     batch: list[Item] = []
     batch_pixels = 0
@@ -160,13 +160,13 @@ def in_batches(
 def count_pixels(picture: Picture, count_tokens: CountTokens) -> int:
     """Return the pixels of a picture, from the header of its file.
 
-    :raises ImageError: If it is no picture, too large, or of a size that the model does not take.
+    :raises ImageError: If it is not a picture, too large, or of a size that the model does not accept.
     """
     width, height = image_size(*picture)
     try:
         count_tokens(width, height)
     except ValueError as error:
-        raise ImageError(picture.name, f"is not taken by the model ({one_line(error)})") from error
+        raise ImageError(picture.name, f"is not accepted by the model ({one_line(error)})") from error
     return width * height
 
 
@@ -174,13 +174,13 @@ async def read_search(request: Request) -> SearchRequest:
     """Return the search that a request asks for, in JSON or in a form.
 
     :raises UsageError: If it is malformed.
-    :raises ImageError: If the ``data:`` URI of the image is.
+    :raises ImageError: If the ``data:`` URI of the image is malformed.
     :raises HTTPException: If it is of another media type.
     """
     if media_type(request) not in FORM_TYPES:
         return check(SearchRequest, await read_json(request))
     fields: dict[str, Any] = {}
-    # The size of the whole body is limited before.
+    # The guard limits the size of the whole body.
     async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=sys.maxsize) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
@@ -219,7 +219,7 @@ async def read_json(request: Request) -> Mapping[str, Any]:
 
 
 def check(model: type[Checked], fields: Mapping[str, Any]) -> Checked:
-    """Return checked fields.
+    """Return the fields of a request as a checked model.
 
     :raises UsageError: If one is unknown or invalid; the message names all of them.
     """

@@ -1,4 +1,4 @@
-"""Run the server: open the collection, load its model, and answer until a signal comes."""
+"""Run the server: open the collection, load its model, and answer requests until a signal arrives."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from cocoa_embed.serve.batching import Batches, BatchingEncoder
 from cocoa_embed.serve.limits import Limits
 
 STOP_SECONDS = 5
-"""How long answers may still take when the server is to stop."""
+"""How long requests in progress may still take when the server is stopped."""
 
 
 def model_of(store: Store) -> str:
     """Return the model that made a collection.
 
-    :raises CocoaError: If it does not say, or the model cannot be found.
+    :raises CocoaError: If the collection does not name it, or the model cannot be found.
     """
     signature = store.require_signature()
     if signature.fingerprint is None:
@@ -36,7 +36,9 @@ def model_of(store: Store) -> str:
     try:
         check_model(signature.model)
     except CocoaError as error:
-        raise CocoaError(f"{store.name} was made with {signature.model}, which is not found; name the model") from error
+        raise CocoaError(
+            f"{store.name} was made with {signature.model}, which cannot be found; give the model"
+        ) from error
     return signature.model
 
 
@@ -48,7 +50,7 @@ def open_app(
     api_key: str | None,
     max_pixels: int | None = None,
 ) -> tuple[QdrantIndexer, Starlette]:
-    """Open a collection, load its model, and return both as an application.
+    """Open a collection, load its model, and return the indexer and its application.
 
     :param model: Its name, or the loaded model; None takes the one that made the collection.
     :param storage: The arguments of ``QdrantIndexer`` that name the collection.
@@ -63,7 +65,7 @@ def open_app(
         encoder = load_encoder(model or model_of(store), device, max_pixels=max_pixels)
     batches = Batches(encoder, limits.seconds)
     indexer = QdrantIndexer(BatchingEncoder(batches), **storage)
-    indexer.store = store  # a local one is read as a whole when it is opened
+    indexer.store = store  # opening a local one again would read all of it again
     try:
         indexer.require_model()
     except BaseException:

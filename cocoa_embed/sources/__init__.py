@@ -1,1 +1,1 @@
-"""Where images come from: folders, archives, tables, buckets, addresses, documents, videos; one file a kind."""
+"""Where images come from: folders, archives, tables, buckets, addresses, documents, videos; one module per kind."""

@@ -18,11 +18,11 @@ from cocoa_embed.sources.tables import ADDRESS_COLUMNS, address_column, table_ro
 NEVER_LISTED = frozenset(
     "file local asynclocal git dvc ftp sftp ssh smb webdav webhdfs hdfs arrow_hdfs jupyter jlab dask root".split()
 )
-"""Protocols of files on this machine, or on one that the address names: no list gets around ``--allow-host``."""
+"""Protocols of files on this machine, or on one that the address names: a list must not bypass ``--allow-host``."""
 
 
 def read_addresses(file: ShardFile) -> Iterator[Record]:
-    """Yield the images of a list, an address a line, or of a table with a column of addresses.
+    """Yield the images of a list with one address per line, or of a table with a column of addresses.
 
     :raises Exception: If the file cannot be read.
     """
@@ -47,18 +47,20 @@ def read_addresses(file: ShardFile) -> Iterator[Record]:
 def read_listed(address: str, allowed_hosts: tuple[str, ...]) -> bytes:
     """Return the bytes of an image in a list, which others may have written.
 
-    :raises ImageError: If it is on this machine or one that the address names, or as ``read_address``.
+    :raises ImageError: If it is on this machine or one that the address names, or as ``read_address`` does.
     """
     protocol = address.partition("://")[0].lower()
-    if len(protocol) < 2 or protocol in NEVER_LISTED:  # fsspec takes one letter for a drive of this machine
-        reason = f"is read from no list ({protocol}); give http(s) addresses, or those of a bucket (s3, gs, hf, ...)"
+    if len(protocol) < 2 or protocol in NEVER_LISTED:  # fsspec treats one letter as a drive of this machine
+        reason = (
+            f"cannot be read from a list ({protocol}); give http(s) addresses, or those of a bucket (s3, gs, hf, ...)"
+        )
         raise ImageError(shown_address(address), reason)
     return read_address(address, allowed_hosts)
 
 
 def first_address(place: Place) -> str:
     """Return the first address of a list or a table; empty if it has none, or cannot be read."""
-    with suppress(Exception):  # reading it to its end says what is wrong
+    with suppress(Exception):  # reading all of it reports what is wrong
         _, row = next(table_rows(place))
         return str(row[address_column(row) or ""])
     return ""

@@ -1,4 +1,4 @@
-"""Images inside of tar files, as WebDataset and img2dataset write them, and of zip files."""
+"""Images inside tar files, as WebDataset and img2dataset write them, and inside zip files."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ DESCRIPTIONS = frozenset({".txt", ".caption", ".json", ".cls"})
 """The suffixes of the files that describe the image of the same name."""
 
 MAX_SAMPLE_BYTES = 2 * MAX_IMAGE_BYTES
-"""The files of a sample that are in memory together, but for those of one image. Images and their texts fit into it."""
+"""The size above which a sample is split to save memory; the files of one image stay together. An image and its texts
+fit into it."""
 
 MAX_DESCRIPTION_BYTES = 2**20
-"""A larger text, or more columns, are passed over."""
+"""Larger texts and JSON files are ignored."""
 
 
 class Member(NamedTuple):
@@ -39,7 +40,7 @@ class Member(NamedTuple):
 
     name: str
     content: bytes | ImageError
-    """The error of a file that is too large, or broken where others are not."""
+    """The error of a file that is too large, or is broken while others are not."""
 
     @property
     def suffix(self) -> str:
@@ -74,11 +75,11 @@ class StrictTarInfo(tarfile.TarInfo):
         except EndOfArchive:
             raise
         except HeaderError as error:
-            raise BrokenTar(f"it breaks off, or is no tar file: {one_line(error)}") from error
+            raise BrokenTar(f"it is cut off, or is not a tar file: {one_line(error)}") from error
 
 
 class BrokenTar(tarfile.TarError):
-    """A tar file ends before its end, or has something else where a file begins."""
+    """A tar file is cut off, or has something other than a header where a file begins."""
 
 
 def read_archive(file: ShardFile) -> Iterator[Record]:
@@ -91,14 +92,14 @@ def read_archive(file: ShardFile) -> Iterator[Record]:
     for sample in samples(until_error(read_members(file), faults)):
         for image, metadata in describe_images(sample, columns):
             record = file.make_record(image.name, image.content, metadata)
-            # What describes the last image may be behind the break.
+            # The description of the last image may be in the part that cannot be read.
             yield replace(record, checked_sources=frozenset()) if faults else record
     for fault in faults:
         raise fault
 
 
 def samples(members: Iterable[Member]) -> Iterator[list[Member]]:
-    """Yield the files of one sample at a time; of a sample of many images, some at a time, each with its texts."""
+    """Yield the files of one sample at a time; a sample of many images is split, but each image keeps its texts."""
     sample: list[Member] = []
     size = 0
     for member in members:
@@ -117,8 +118,8 @@ def describe_images(
 ) -> Iterator[tuple[Member, dict[str, Any]]]:
     """Yield the images of a sample with their metadata.
 
-    A file whose whole name is that of an image, up to its suffix, describes this image alone: ``2024.01.05.txt`` is of
-    the sample ``2024``, but no text of ``2024.01.06.jpg``.
+    A file whose whole name is that of an image, up to its suffix, describes only this image: ``2024.01.05.txt`` is in
+    the sample ``2024``, but does not describe ``2024.01.06.jpg``.
 
     :param columns: Returns the metadata of samples, by name.
     """
@@ -144,13 +145,13 @@ def read_description(suffix: str, content: bytes) -> dict[str, Any]:
             return {}
         return columns if isinstance(columns, dict) else {}
     if suffix == ".cls":
-        # More digits are stored as text, and of thousands Python makes no number.
+        # Longer numbers are stored as text; Python refuses to convert thousands of digits.
         return {"cls": int(text) if text.isdecimal() and len(text) < 20 else text}
     return {"text": text} if text else {}
 
 
 def table_beside(place: Place) -> Place | None:
-    """Return the place of the Parquet file that img2dataset writes beside a tar file, whether there is one or not."""
+    """Return the place of the Parquet file that img2dataset writes next to a tar file, whether or not it exists."""
     if suffix_of(place) != ".tar":
         return None
     table = str(place)[: -len(".tar")] + ".parquet"
@@ -158,7 +159,7 @@ def table_beside(place: Place) -> Place | None:
 
 
 def columns_beside(place: Place) -> dict[str, dict[str, Any]]:
-    """Return the rows of the Parquet file that img2dataset writes beside an archive, by ``key``; none without it."""
+    """Return the rows of the Parquet file that img2dataset writes next to an archive, by ``key``; none without it."""
     table = table_beside(place)
     if table is None:
         return {}
@@ -173,9 +174,9 @@ def columns_beside(place: Place) -> dict[str, dict[str, Any]]:
 
 
 def read_members(file: ShardFile) -> Iterator[Member]:
-    """Yield the images of an archive, of several with one name the first, and the files that describe them, in order.
+    """Yield the images of an archive (the first of those with one name) and the files that describe them, in order.
 
-    :raises Exception: If it cannot be read, or is broken behind the files that were yielded.
+    :raises Exception: If it cannot be read, or is broken after the files that were yielded.
     """
     names: set[str] = set()
 
@@ -190,7 +191,7 @@ def read_members(file: ShardFile) -> Iterator[Member]:
                 continue
             most = MAX_IMAGE_BYTES if is_image else MAX_DESCRIPTION_BYTES
             key = f"{file.key}#{name}"
-            read_once = cache(read)  # in a tar file, which is read as a stream, there is no second time
+            read_once = cache(read)  # a tar file is read as a stream, where no file can be read twice
             path = f"{file.key}/{PurePosixPath(name.lstrip('/'))}"
             try:
                 if file.passed_over.has_entry(path, file.key, partial(_start, read_once, size)):
@@ -200,14 +201,14 @@ def read_members(file: ShardFile) -> Iterator[Member]:
                 elif 0 < size <= most:
                     yield Member(name, read_once())
                 else:
-                    yield Member(name, ImageError(key, f"has {size} bytes; between 1 and {most} are read"))
+                    yield Member(name, ImageError(key, f"has {size} bytes; files of 1 to {most} bytes are read"))
             except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # broken, encrypted, an unknown method
                 yield Member(name, ImageError(key, f"cannot be read ({one_line(error)})"))
             names.add(name)
 
 
 def read_member(opened: BinaryIO, file: str, name: str) -> bytes:
-    """Return the bytes of one image of an archive; a tar file that is not compressed is sought through.
+    """Return the bytes of one image of an archive; in an uncompressed tar file, other files are skipped by seeking.
 
     :raises ImageError: If it is not there, or too large.
     """
@@ -215,7 +216,7 @@ def read_member(opened: BinaryIO, file: str, name: str) -> bytes:
         if storable(each) == name and is_image_name(each):
             check_size(size, printable(f"{file}#{name}"))
             return read()
-    raise ImageError(printable(f"{file}#{name}"), "is no image in the archive")
+    raise ImageError(printable(f"{file}#{name}"), "is not an image in the archive")
 
 
 def read_entries(
@@ -223,7 +224,7 @@ def read_entries(
 ) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
     """Yield the name and size of each file in an archive, and a function that reads it, valid until the next file.
 
-    :param mode: Of ``tarfile``: reads a tar file from its start to its end, or seeks.
+    :param mode: The mode of ``tarfile``: read a tar file from start to end, or seek.
     :param on_link: Called with the name of each link in a tar file.
     """
     if suffix_of(file) == ".zip":
@@ -248,7 +249,7 @@ def _read_whole(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     opened = tar.extractfile(member)
     data = opened.read() if opened is not None else b""
     if len(data) < member.size:
-        raise BrokenTar(f"{member.name} breaks off: {len(data)} of {member.size} bytes")
+        raise BrokenTar(f"{member.name} is cut off: {len(data)} of {member.size} bytes")
     return data
 
 

@@ -1,4 +1,4 @@
-"""What a source of images yields: shards of records, each read, skipped and completed as one."""
+"""What a source of images yields: shards of records, each read, skipped or completed as a whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 LARGEST_INTEGER = 2**63 - 1
 """The largest integer that Qdrant stores as it is."""
 MOST_LEVELS = 100
-"""How many levels of lists and objects a value may have. Qdrant reads 127 of a payload."""
+"""How deeply lists and objects may be nested in a value. Qdrant reads 127 levels of a payload."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class SourceOptions:
     """Patterns of files and folders to pass over, as in a ``.gitignore`` file, such as ``*_small.jpg`` or ``drafts/``.
     System folders and companions of other files are always passed over."""
     include: frozenset[str] = frozenset()
-    """The kinds of files (``KINDS`` of ``open.py``) that are read in a folder beside its photographs."""
+    """The kinds of files (``KINDS`` of ``open.py``) that are read in a folder in addition to its photographs."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Record:
     metadata_source: str | None = None
     """The file that the metadata is from; None if the image has none."""
     checked_sources: frozenset[str] = frozenset()
-    """Files of metadata, read without an error, that could describe the image. A description that a run has stored from
-    one of them is removed if they no longer have it."""
+    """Metadata files, read without an error, that could describe the image. A stored description that came from one of
+    them is removed if they no longer have it."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ def relative_key(key: str, root: str | None) -> str:
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a table as JSON has them, and as Qdrant stores them.
+    """Return the values of a table as JSON values that Qdrant can store.
 
     Dates and integers of more than 64 bits, which Qdrant would round, become strings; numbers that are not finite and
-    values of more than ``MOST_LEVELS`` levels null.
+    values of more than ``MOST_LEVELS`` levels become null.
     """
     shallow = {name: None if _is_deeper(value, MOST_LEVELS) else value for name, value in values.items()}
     text = json.dumps(shallow, default=str)

@@ -52,7 +52,7 @@ def read_pages(file: ShardFile) -> Iterator[Record]:
 def draw_page(document: pypdfium2.PdfDocument, number: int, name: str) -> bytes | ImageError:
     """Return a page as the bytes of a PNG file, or the error of a page that cannot be drawn.
 
-    :param number: Of the page, from 1.
+    :param number: The number of the page, from 1.
     :param name: The page's name in errors.
     """
     try:
@@ -81,7 +81,7 @@ def read_page(opened: BinaryIO, file: str, name: str) -> bytes:
     key = printable(f"{file}#{name}")
     with open_document(opened) as document:
         if digits is None or not 1 <= int(digits[1]) <= len(document):
-            raise ImageError(key, f"is no page; the document has page=1 to page={len(document)}")
+            raise ImageError(key, f"is not a page; the document has page=1 to page={len(document)}")
         return give(draw_page(document, int(digits[1]), key))
 
 

@@ -45,7 +45,7 @@ class FileSource:
         return str(self.paths[0]) if len(self.paths) == 1 else os.path.commonpath([path.parent for path in self.paths])
 
     def shards(self) -> Iterator[Shard]:
-        """Yield the files, those that do not exist too, some of a folder at a time.
+        """Yield the files, including those that do not exist, some of a folder at a time.
 
         :raises CocoaError: As ``find_images``.
         """
@@ -61,7 +61,7 @@ class FileSource:
         try:
             status = os.stat(path)
             mtime, size = status.st_mtime, status.st_size
-        except (OSError, ValueError):  # reading it gives the reason
+        except (OSError, ValueError):  # reading it reports the reason
             mtime, size = 0.0, None
         metadata, source, checked = self.metadata.describe(path, root)
         key, read = str(path), partial(read_stable_file, path)
@@ -95,7 +95,7 @@ def file_sources(
     *,
     may_be_gone: bool = False,
 ) -> list[FileSource]:
-    """Return the sources of local paths, each once; paths inside of a folder among them are left to its search.
+    """Return the sources of local paths, each once; paths inside one of the folders are left to its search.
 
     :param on_error: Called with a folder or a row of metadata that cannot be used, and the reason.
     :param passed_over: Decides what is passed over, and counts it.
@@ -114,7 +114,7 @@ def file_sources(
 
 
 def is_image_file(path: Path) -> bool:
-    """Return whether a path is a file, but no list; one that is gone counts if its name is that of an image."""
+    """Return whether a path is a file, but not a list; a missing file counts if its name is that of an image."""
     is_file = os.path.isfile(path) and not is_file_list(path)
     return is_file or (is_image_name(path.name) and is_literal(path))
 
@@ -131,26 +131,26 @@ def require_images(paths: Sequence[str | Path], exclude: Sequence[str] = ()) -> 
     if not any(True for source in sources for _ in source.shards()) and not faults:
         names = ", ".join(map(printable, paths)) or "nothing"
         skipped = passed_over.counts.total()
-        but = f" but for {skipped} passed over" if skipped else ""
+        but = f" except for {skipped} passed over" if skipped else ""
         raise CocoaError(f"there are no images in {names}{but}; name a folder that holds some (jpg, png, webp, ...)")
 
 
 def undecode(key: str) -> str:
-    r"""Return a payload's path with its undecodable bytes, which the payload has as ``\udcNN``."""
+    r"""Return a payload's path with its undecodable bytes, which the payload stores as ``\udcNN``."""
     return re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), key)
 
 
 def files_of(key: str) -> list[str]:
-    """Return the files that may hold the image of a key, one for each ``#``: the names of both may have this sign."""
+    """Return the files that may hold the image of a key, one for each ``#``: both names may contain it."""
     return [key[: sign.start()] for sign in re.finditer("#", key)]
 
 
 def is_deleted(key: str) -> bool:
     r"""Return whether there is certainly no file at a path, or no file that holds a shard's image.
 
-    A path that cannot be checked, for lack of permission or of a network, is not deleted, nor is a URL.
+    A path that cannot be checked, for lack of permission or of a network, does not count as deleted, nor does a URL.
 
-    :param key: As a payload has it: with ``\udcNN`` for undecodable bytes.
+    :param key: The key as in a payload: with ``\udcNN`` for undecodable bytes.
     """
     if "://" in key:
         return False

@@ -1,4 +1,4 @@
-"""Describes images: by the metadata of their folder and the folders above, and by text files beside them."""
+"""Describe images by the metadata of their folder and the folders above, and by text files next to them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cocoa_embed.sources.base import as_json
 logger = logging.getLogger(__name__)
 
 FOLDERS_KEPT = 64
-"""Folders whose metadata are kept: those of the images at hand and the folders above."""
+"""The number of folders whose metadata are kept: those of the current images and the folders above."""
 
 
 class ImageDescription(NamedTuple):
@@ -40,7 +40,7 @@ class ImageDescription(NamedTuple):
 
 
 class FolderMetadata:
-    """The metadata of one folder, by the absolute path of each image: on disk, where they are too large for a cache."""
+    """The metadata of one folder, by the absolute path of each image; on disk if they are too large for a cache."""
 
     def __init__(self, source: str) -> None:
         """Remember the file of the metadata; there are no rows yet."""
@@ -57,7 +57,7 @@ class FolderMetadata:
         return None if found is None else dict(json.loads(found[0]))
 
     def add(self, image: DescribedImage) -> None:
-        """Add a row. Of several rows of an image, all texts count, as lines; of other columns the first."""
+        """Add a row. Of several rows of an image, all texts are kept, as lines; of other columns, the first value."""
         path = os.path.abspath(image.path)
         known = self.row(path) or {}
         merge(known, {"text": "\n".join(image.wordings), **image.others} if image.wordings else image.others)
@@ -65,7 +65,7 @@ class FolderMetadata:
 
 
 class ImageMetadata:
-    """Describes images; each metadata file is read once, when the first image that it may describe is.
+    """Describes images; each metadata file is read once, for the first image that it may describe.
 
     Images are best described folder by folder: the metadata of the last ``FOLDERS_KEPT`` folders are kept.
     """
@@ -109,7 +109,7 @@ class ImageMetadata:
                 return read_text(path), str(path)
         except RowError as error:
             self._note(error.source, error.reason)
-        except OSError:  # the folder is gone, or cannot be listed: the image says so
+        except OSError:  # the folder is gone, or cannot be listed: reading the image reports that
             pass
         return None
 
@@ -131,7 +131,7 @@ class ImageMetadata:
             self._note(str(folder) if found is None else found.source, str(error))
             if found is not None:
                 found.is_whole = False
-        except OSError:  # the folder cannot be listed: the search says so
+        except OSError:  # the folder cannot be listed: the search reports that
             pass
         return found
 
@@ -142,7 +142,7 @@ class ImageMetadata:
 
 
 def merge(known: dict[str, Any], new: dict[str, Any]) -> None:
-    """Add columns to those of the same image: the texts as lines, and columns that are not there yet."""
+    """Merge new columns of an image into the known ones: texts are joined as lines, missing columns are added."""
     for name, value in as_json(new).items():
         if name == "text" and "text" in known:
             known["text"] = f"{known['text']}\n{value}"

@@ -1,4 +1,4 @@
-"""Choose the sources of places, by what the places look like. A new kind of file is a module with a ``KIND``."""
+"""Choose the sources for places by what the places look like. A new kind of file needs a module with a ``KIND``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cocoa_embed.sources.remote import RemoteImages, remote_start, walk
 from cocoa_embed.sources.shard_files import Kind, ShardFiles
 
 KINDS = {kind.name: kind for kind in (archives.KIND, tables.KIND, documents.KIND, videos.KIND)}
-"""The kinds of files that hold images, by what ``--include`` calls them."""
+"""The kinds of files that hold images, by their names in ``--include``."""
 
 DATA_SET_FILES = {"state.json": "*.arrow", "dataset_dict.json": "*/*.arrow"}
 """The tables of a folder that ``datasets`` has saved, by the file that marks it."""
@@ -44,7 +44,7 @@ def all_sources(
 ) -> list[Source]:
     """Return the sources of places: folders, files, patterns, lists, addresses.
 
-    A folder gives its photographs, and the kinds of files in ``options.include``; a folder without photographs gives
+    A folder yields its photographs, and the kinds of files in ``options.include``; a folder without photographs yields
     the files of all kinds.
 
     :param on_error: Called with what cannot be read, and the reason.
@@ -56,7 +56,7 @@ def all_sources(
     """
     passed_over = passed_over or PassedOver(options.exclude)
     for name in sorted(options.include - KINDS.keys()):
-        raise UsageError(f"--include {name} is no kind of file {did_you_mean(name, [*KINDS])}")
+        raise UsageError(f"--include {name} is not a kind of file {did_you_mean(name, [*KINDS])}")
     texts = [local_path(os.fspath(place)) for place in places]
     if "" in texts:
         raise UsageError("a path is empty; name a folder of images or an image file")
@@ -77,9 +77,9 @@ def all_sources(
 def _open_path(
     text: str, options: SourceOptions, passed_over: PassedOver, may_be_gone: bool
 ) -> tuple[bool, list[Source]]:
-    """Return whether a local place is for ``file_sources``, and the sources of its other files.
+    """Return whether ``file_sources`` handles a local place, and the sources of its other files.
 
-    Photographs are for ``file_sources``, and so is a place without any files, which ``require_images`` refuses.
+    It handles photographs, and places without any files, which ``require_images`` refuses.
     """
     path = as_on_disk(Path(os.path.abspath(text)))
     if os.path.isdir(path):  # False for a folder that cannot be read, which the run reports
@@ -111,7 +111,7 @@ def _open_address(
 ) -> list[Source]:
     """Return the sources of a place on the web or on a remote file system.
 
-    :raises CocoaError: If there is nothing.
+    :raises CocoaError: If nothing is found.
     """
     if is_web(address):
         kind = named_kind(urlsplit(address).path)
@@ -154,9 +154,9 @@ def _match_remote(system: Any, path: str, passed_over: PassedOver) -> tuple[str,
 
 
 def without_descriptions(texts: Sequence[str], passed_over: PassedOver) -> list[str]:
-    """Return places without the texts and metadata of images among them, which a shell's ``photos/*`` includes.
+    """Return places without those that describe images among them, which a shell's ``photos/*`` includes.
 
-    :param passed_over: Counts them: a text may be a list that was to be indexed, too.
+    :param passed_over: Counts them, since a text may also be a list that was meant to be indexed.
     """
     images = [os.path.abspath(text) for text in texts if is_image_name(text) and "://" not in text]
     stems = {os.path.splitext(image)[0] for image in images}
@@ -188,7 +188,7 @@ def local_path(text: str) -> str:
 def named_kind(name: str, kinds: Iterable[Kind] | None = None) -> Kind | None:
     """Return the kind of a file, by its name; None for an image, and for anything else.
 
-    :param kinds: Those to choose from; by default all, with lists of addresses, which are read only if they are named.
+    :param kinds: The kinds to choose from; by default all, and lists of addresses, which are read only if named.
     """
     known = (*KINDS.values(), addresses.KIND) if kinds is None else kinds
     return next((kind for kind in known if name.lower().endswith(kind.suffixes)), None)
@@ -201,10 +201,10 @@ def search(
     root: str,
     read_start: Callable[[str], bytes] = first_bytes,
 ) -> tuple[bool, list[tuple[Place, Kind]]]:
-    """Return whether a folder has photographs, and its other files that are read, without those that describe others.
+    """Return whether a folder has photographs, and its other files to read, without those that describe others.
 
     :param places: All files of the folder.
-    :param read_start: As ``PassedOver.has_file`` takes it.
+    :param read_start: As for ``PassedOver.has_file``.
     """
     wanted = [KINDS[name] for name in options.include or KINDS]
     found: list[tuple[Place, Kind]] = []
@@ -231,7 +231,7 @@ def shard_files(
     root: str | None = None,
     suffixes: tuple[str, ...] = (),
 ) -> ShardFiles:
-    """Return a source of files; tables without images, but with addresses, give the images at the addresses.
+    """Return a source of files; tables with addresses instead of images yield the images at the addresses.
 
     :raises MissingExtraError: If a package that reads one of the kinds is not installed.
     """
@@ -248,5 +248,5 @@ def shard_files(
 
 def _files_below(folder: Path, passed_over: PassedOver) -> Iterator[Path]:
     for path, names in FolderSearch(lambda *_: None, passed_over=passed_over).walk(str(folder)):
-        # A photograph may be hidden; a hidden table or document is a program's.
+        # A photograph may be hidden; a hidden table or document belongs to a program.
         yield from (Path(path, name) for name in sorted(names) if is_image_name(name) or not name.startswith("."))

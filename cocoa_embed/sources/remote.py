@@ -34,9 +34,9 @@ class RemoteImages:
     passed_over: PassedOver
     """Decides what is passed over below the address."""
     files: dict[str, dict[str, Any]] | None = None
-    """The images that were named, with what is known of them; None for all below the address."""
+    """The images that were named, with what is known about them; None for all below the address."""
     allowed_hosts: tuple[str, ...] = ()
-    """Where web addresses may be fetched."""
+    """The hosts from which web addresses may be fetched."""
     on_error: Callable[[str, str], object] = lambda source, reason: None
     """Called with a file of metadata that cannot be read, and the reason."""
 
@@ -89,14 +89,14 @@ class RemoteImages:
         return not is_web(key) and all(map(is_gone, [key, *files_of(key)]))
 
     def covers(self, key: str) -> bool:
-        """Return whether the key is below the address; where nothing is left, also in a file that was there."""
+        """Return whether the key is below the address; an image inside a file counts only if nothing is left there."""
         is_inside = self.root != "" and (key == self.root or is_below(key, self.root))
         return key in (self.files or ()) or (is_inside and ("#" not in key or self.files == {}))
 
 
 def remote_start(address: str) -> bytes:
     """Return the first bytes of a file, none if they cannot be read."""
-    with suppress(Exception), open_binary(address) as file:  # reading it to its end says what is wrong
+    with suppress(Exception), open_binary(address) as file:  # reading all of it reports what is wrong
         return file.read(4)
     return b""
 
@@ -126,7 +126,7 @@ def descriptions(
 
 
 def walk(root: str, passed_over: PassedOver) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
-    """Yield the address of each folder below an address, and what is known of its files, by their addresses.
+    """Yield the address of each folder below an address, and what is known about its files, by their addresses.
 
     :param passed_over: Decides which folders are passed over.
     :raises ImageError: If the file system does not answer.
@@ -139,7 +139,7 @@ def walk(root: str, passed_over: PassedOver) -> Iterator[tuple[str, dict[str, di
             left = {} if is_cache else folders
             in_order = [each for each in sorted(left.items()) if not passed_over.has_folder(address, each[0], root)]
             folders.clear()
-            folders.update(in_order)  # the walk follows it
+            folders.update(in_order)  # the walk continues with these
             there = {system.unstrip_protocol(info["name"]): info for info in files.values() if info["type"] == "file"}
             yield address, {} if is_cache else there
     except ImageError:
@@ -154,12 +154,12 @@ def _fetcher(allowed_hosts: tuple[str, ...]) -> Fetcher:
 
 
 def require_plain(address: str) -> None:
-    """Check that an address is on the web, or is not chained, which ``fsspec`` would follow to any host of the web.
+    """Refuse a chained address that is not on the web: ``fsspec`` would follow it to any host of the web.
 
-    :raises ImageError: If it is.
+    :raises ImageError: If it is one.
     """
     if "::" in address and not is_web(address):
-        raise ImageError(printable(address), "is an address inside of another one; give a plain address")
+        raise ImageError(printable(address), "is an address inside another one; give a plain address")
 
 
 def read_address(address: str, allowed_hosts: tuple[str, ...]) -> bytes:

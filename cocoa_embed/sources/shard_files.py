@@ -17,8 +17,8 @@ from cocoa_embed.sources.base import Record, Shard, SourceOptions, as_json, is_b
 from cocoa_embed.sources.files import files_of, is_deleted
 
 READER = 2
-"""Raise it when files of any kind give other records, captions or columns than before: an index then reads each of them
-again once, and embeds only what is new."""
+"""The version of the readers. Increase it when files of any kind yield other records, captions or columns than before:
+an index then reads each of them again once, and embeds only what is new."""
 
 RECORDS_AHEAD = 16
 """Records that are read before they are consumed."""
@@ -41,7 +41,7 @@ class Kind(NamedTuple):
     is_versioned: bool = True
     """Whether a file that is unchanged has unchanged images."""
     read_one: Callable[[BinaryIO, str, str], bytes] | None = None
-    """Returns the bytes of one image: of the opened file, of this key, the image of this name. None if the images are
+    """Returns the bytes of one image, given the opened file, its key, and the name of the image. None if the images are
     not in the file."""
     beside: Callable[[Place], Place | None] | None = None
     """Returns the place of another file that would describe the images; None if none could."""
@@ -56,7 +56,7 @@ class ShardFile:
     kind: Kind
     options: SourceOptions
     passed_over: PassedOver
-    """Decides what of an archive is passed over."""
+    """Decides which files of an archive are passed over."""
 
     @property
     def key(self) -> str:
@@ -65,7 +65,7 @@ class ShardFile:
 
     @property
     def version(self) -> str:
-        """Changes with the file, with one that describes it, and with the settings that concern it.
+        """A string that changes with the file, a file that describes it, and the settings that concern it.
 
         Empty if its images have their own versions.
         """
@@ -74,7 +74,7 @@ class ShardFile:
         try:
             settings = [str(getattr(self.options, name)) for name in self.kind.settings]
             return ":".join([*version_of(self.place)[1:], *settings, *self._version_beside()])
-        except CocoaError:  # reading it gives the reason
+        except CocoaError:  # reading it reports the reason
             return "missing"
 
     def _version_beside(self) -> tuple[str, ...]:
@@ -123,7 +123,7 @@ class ShardFile:
     def make_record(self, name: str, content: bytes | ImageError, metadata: Mapping[str, Any]) -> Record:
         """Return the record of one image.
 
-        :param name: Its name inside of the file.
+        :param name: Its name inside the file.
         :param content: The bytes of an image file, or the error that reading it raises.
         :param metadata: Values of any kind; those that JSON does not have become strings, or null.
         """
@@ -149,7 +149,7 @@ class ShardFiles:
     root: str | None
     """The folder or the address where the files were found; None if they were named."""
     suffixes: tuple[str, ...]
-    """Of the files that would have been found there."""
+    """The suffixes of the files that would have been found there."""
 
     @property
     def name(self) -> str:
@@ -188,7 +188,7 @@ class ShardFiles:
 def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values as ``as_json`` does, without bytes.
 
-    A ``caption`` without a ``text`` beside it is the text; one that is null or blank is none.
+    Without a ``text``, a ``caption`` becomes the text; null or blank ones do not count.
     """
     kept = {name: value for name, value in values.items() if not isinstance(value, bytes | bytearray)}
     kept = without_blank_texts(kept)
@@ -198,7 +198,7 @@ def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def give(content: bytes | ImageError) -> bytes:
-    """Return the bytes of an image, or raise the error that is there instead."""
+    """Return the bytes of an image, or raise the error given instead of them."""
     if isinstance(content, ImageError):
         raise content
     return content

@@ -1,4 +1,4 @@
-"""Images inside of Parquet and Arrow files, as data sets of the Hugging Face hub have them."""
+"""Images inside Parquet and Arrow files, as in data sets on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ADDRESS_COLUMNS = ("url", "image_url", "img_url", "image", "address")
 """The names of a column of addresses, in lower case; the first that a table has is read."""
 
 BUFFER_BYTES = 2**20
-"""What is read of a column at once, instead of all that a row group has of it."""
+"""How much of a column is read at once, instead of its whole chunk in a row group."""
 
 
 def read_table(file: ShardFile) -> Iterator[Record]:
@@ -71,7 +71,7 @@ def read_cell(opened: BinaryIO, file: str, name: str) -> bytes:
             for position, (content, _) in enumerate(_images(cell, key)):
                 if name == _name(number, "" if named == [column] else column, position):
                     return give(content)
-    raise ImageError(key, "is no image in the table")
+    raise ImageError(key, "is not an image in the table")
 
 
 def image_cells(opened: BinaryIO, file: str, number: int) -> tuple[list[str], dict[str, Any]]:
@@ -139,7 +139,7 @@ def batches_of(opened: BinaryIO, file: str) -> Iterator[pa.RecordBatch]:
 def has_addresses(place: Place) -> bool:
     """Return whether a table has no images, but a column that may hold the addresses of images."""
     batch = None
-    with suppress(Exception):  # reading it to its end says what is wrong
+    with suppress(Exception):  # reading all of it reports what is wrong
         batch = next(batches(place), None)
     return batch is not None and image_columns(batch) == ([], []) and address_column(batch.schema.names) is not None
 

@@ -47,7 +47,7 @@ def read_frames(file: ShardFile) -> Iterator[Record]:
 def video_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:
     """Return the video of a file.
 
-    :raises ImageError: If it has none; the picture of a cover is none.
+    :raises ImageError: If it has none; a cover picture does not count.
     """
     from av.stream import Disposition
 
@@ -72,7 +72,7 @@ def sampled_frames(
     while True:
         for frame in container.decode(stream):
             seconds = float((frame.pts or 0) * time_base - start)
-            if last is not None and seconds <= last:  # decoded once more, behind a jump
+            if last is not None and seconds <= last:  # decoded a second time, after a jump
                 continue
             last = seconds
             if seconds >= step * every - 1e-6:
@@ -85,7 +85,7 @@ def sampled_frames(
         container.seek(int((start + Fraction(step * every)) / time_base), stream=stream)
     missing = 0.0 if stream.duration is None else float(stream.duration * time_base) - (last or 0.0)
     if missing > max(1.0, every) and step * every < float((stream.duration or 0) * time_base):
-        raise EOFError(f"it breaks off {missing:.1f} s before its end")
+        raise EOFError(f"it is cut off {missing:.1f} s before its end")
 
 
 def read_frame(opened: BinaryIO, file: str, name: str) -> bytes:
@@ -104,7 +104,7 @@ def read_frame(opened: BinaryIO, file: str, name: str) -> bytes:
             stream = video_stream(container, file)
             time_base = stream.time_base or Fraction(1, 1)
             start = (stream.start_time or 0) * time_base
-            for target in (wanted, 0.0):  # from the start where the index of the file leads past the frame
+            for target in (wanted, 0.0):  # from the start if the file's index leads past the frame
                 container.seek(int((float(start) + target) / time_base), stream=stream)
                 for frame in container.decode(stream):
                     seconds = round(float((frame.pts or 0) * time_base - start), 3)
@@ -112,7 +112,7 @@ def read_frame(opened: BinaryIO, file: str, name: str) -> bytes:
                         return give(as_jpeg(frame, stream, key))
                     if seconds > wanted:
                         break
-    raise ImageError(key, "is no frame of the video")
+    raise ImageError(key, "is not a frame of the video")
 
 
 def as_jpeg(frame: av.VideoFrame, stream: av.VideoStream, name: str) -> bytes | ImageError:

@@ -38,11 +38,11 @@ class CocoaEmbedding(MultiModalEmbedding):
     """A multimodal SentenceTransformer as a LlamaIndex embedding of texts and images in one space.
 
     Queries get the model's query prompt, texts and images its document prompt. Threads and tasks may share an
-    embedding, and several embeddings an ``Encoder``. A copy shares the model. A pickled embedding is its settings:
-    another process loads the model by name when it first needs it.
+    embedding, and several embeddings an ``Encoder``. A copy shares the model. A pickled embedding holds only its
+    settings: another process loads the model by name when it first needs it.
 
-    LlamaIndex's ``embeddings_cache`` has texts as keys. It holds no images, and a query gets the vector of a stored
-    text that reads the same: use one cache for one model, whose two prompts are equal.
+    The keys of LlamaIndex's ``embeddings_cache`` are texts. It holds no images, and a query gets the vector of a stored
+    text that is equal: use a cache for one model only, and only if its two prompts are equal.
     """
 
     device: str | None = Field(default=None, description="The torch device [default: the fastest].")
@@ -67,20 +67,20 @@ class CocoaEmbedding(MultiModalEmbedding):
         """Load the model, or take a loaded one.
 
         :param model_name: The folder or hub name of a SentenceTransformer [default: ``cocoa-qwen2vl``]; with
-            ``model``, its name in errors and where another process finds it.
+            ``model``, its name in errors and for loading it in another process.
         :param model: A loaded model.
         :param dimension: Truncate embeddings to this many dimensions, for a model trained for it [default: all].
         :param kwargs: ``device``; ``allowed_hosts``, the hosts from which images on the web may be fetched, such as
             ``["example.com"]``; ``trust_remote_code``, ``cache_folder`` and ``model_kwargs`` for loading the model (one
-            that is given as ``model`` is loaded in other processes alone); the fields of LlamaIndex's
+            that is given as ``model`` is loaded only in other processes); the fields of LlamaIndex's
             ``BaseEmbedding``, such as ``embed_batch_size``.
         :raises CocoaError: If the model cannot be loaded, or does not embed images.
         :raises UsageError: If the model has fewer dimensions, or there is no such option.
         """
         if unknown := kwargs.keys() - type(self).model_fields.keys():
             raise UsageError(
-                f"{', '.join(sorted(unknown))}: no option of CocoaEmbedding; for other options of load_encoder, such as"
-                " max_pixels, give its result as model"
+                f"{', '.join(sorted(unknown))}: not an option of CocoaEmbedding; for other options of load_encoder,"
+                " such as max_pixels, give its result as model"
             )
         if model_name is None:
             model_name = DEFAULT_MODEL if model is None else model.name if isinstance(model, Encoder) else "the model"
@@ -119,7 +119,7 @@ class CocoaEmbedding(MultiModalEmbedding):
         return self.model_copy()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the settings, by which another process finds the model.
+        """Return the settings, with which another process finds the model.
 
         :raises CocoaError: If the model was given loaded, and ``model_name`` is neither a folder nor a hub name.
         """
@@ -155,7 +155,7 @@ class CocoaEmbedding(MultiModalEmbedding):
         return nodes
 
     def _split(self, nodes: Sequence[BaseNode]) -> tuple[list[Illustrated], list[Illustrated], list[BaseNode]]:
-        """Return the nodes to embed by their image, with it; by image and text; and by text.
+        """Return the nodes to embed by image, by image and text, and by text; the first two with their image.
 
         :raises ImageError: If the image in a node is not in base64.
         """
@@ -193,7 +193,7 @@ class CocoaEmbedding(MultiModalEmbedding):
         return self._embed_documents(items, img_file_paths)
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
-        # In a thread of its own: a query does not wait behind all documents.
+        # In a separate thread, so that a query does not wait for all documents.
         return await asyncio.to_thread(self._get_query_embedding, query)
 
     async def _aget_text_embedding(self, text: str) -> Embedding:

@@ -1,7 +1,7 @@
 """LlamaIndex's metadata filters as conditions on the payload. Pure.
 
 A filter means what it means to LlamaIndex itself (``llama_index.core.vector_stores.utils.build_metadata_filter_fn``):
-a missing field is unequal to everything, and one element of a list is enough. Texts are matched by words, in any case.
+a missing field is unequal to everything, and one element of a list is enough. Texts match by words, ignoring case.
 """
 
 from __future__ import annotations

@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHAT_PIXELS = 1536
-"""Of the longer side of an image that a chat model is shown; small print on a page is legible."""
+"""The pixels of the longer side of an image for a chat model; small print on a page is legible."""
 PATH_KEYS = ("path", "image_path")
 TEXT_KEYS = ("caption", "text", "page_content")
 """The payload keys of a path and a text: the indexer's, those of LlamaIndex's older stores and of LangChain."""
 
 URL_SAFE = str.maketrans("-_", "+/")
-"""From the characters of URL-safe base64 to those of the usual one."""
+"""Maps the characters of URL-safe base64 to those of standard base64."""
 CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f\ufffd]")
 BINARY_SAMPLE, BINARY_CONTROLS, BINARY_RATIO = 2000, 4, 0.05
-"""A text is binary if of so many characters at its start at least so many, and more than this ratio, are control
-characters."""
+"""A text is taken for binary if, of the first ``BINARY_SAMPLE`` characters, at least ``BINARY_CONTROLS`` and more than
+``BINARY_RATIO`` are control characters."""
 
 
 def image_of(node: BaseNode) -> str | BytesIO | None:
@@ -72,7 +72,7 @@ def image_of(node: BaseNode) -> str | BytesIO | None:
 
 
 def load_source(source: ImageSource, allowed_hosts: Sequence[str]) -> ImageSource:
-    """Return an image as it is, or from where it is: a file, an address, one image of an archive (``read_key``).
+    """Load an image given by its path or address (``read_key``); return an image of any other form unchanged.
 
     :param allowed_hosts: The hosts from which images may be fetched, as for ``Fetcher``.
     :raises ImageError: If it cannot be used.
@@ -83,7 +83,7 @@ def load_source(source: ImageSource, allowed_hosts: Sequence[str]) -> ImageSourc
 
 
 def text_of(node: BaseNode) -> str:
-    """Return the text that is embedded with a node's image: its own and its metadata; empty if it has none itself."""
+    """Return the text that is embedded with a node's image: its own text and its metadata; empty if it has no text."""
     has_text = isinstance(node, (TextNode, Node)) and node.get_content(MetadataMode.NONE).strip()
     return node.get_content(MetadataMode.EMBED) if has_text else ""
 
@@ -98,8 +98,8 @@ def refuse_binary(text: str) -> None:
     if controls >= BINARY_CONTROLS and controls > BINARY_RATIO * len(start):
         raise CocoaError(
             f"the text {start[:20]!a}... is the content of a binary file, such as an image, and not text;"
-            " SimpleDirectoryReader reads images so unless llama-index-readers-file is installed: install it, or index"
-            " the folder with QdrantIndexer, or give ImageNode(image_path=...)"
+            " SimpleDirectoryReader reads images like this unless llama-index-readers-file is installed: install it, or"
+            " index the folder with QdrantIndexer, or give ImageNode(image_path=...)"
         )
 
 
@@ -130,13 +130,13 @@ class StoredImage(ImageNode):
     def get_content_blocks(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> list[BaseContentBlock]:
         """Return what a chat model is shown: the text, and the image as an upright JPEG of at most ``CHAT_PIXELS``.
 
-        If the image cannot be read, there is the text alone, and a warning.
+        If the image cannot be read, a warning is logged and only the text is returned.
         """
         text = self.get_content(metadata_mode).strip()
         blocks: list[BaseContentBlock] = [TextBlock(text=text)] if text else []
         try:
             data = draw_thumbnail(load_image(self.resolve_image()), CHAT_PIXELS)
-        except (ImageError, ValueError) as error:  # ValueError: the node holds what is not base64
+        except (ImageError, ValueError) as error:  # ValueError: the data of the node are not base64
             logger.warning("%s; a chat model is not shown the image", error)
             return blocks
         return [*blocks, ImageBlock(image=data, image_mimetype="image/jpeg")]
@@ -177,7 +177,7 @@ def own_node(hit: Hit) -> BaseNode | None:
 def stored_node(payload: dict[str, Any]) -> BaseNode | None:
     """Return the LlamaIndex node that is stored in a payload; None if there is none that can be read.
 
-    An ``ImageDocument``, or another node with an image beside its text, becomes an ``ImageNode``: LlamaIndex itself
+    An ``ImageDocument``, or another node with an image and a text, becomes an ``ImageNode``: LlamaIndex itself
     fails on such a point or drops the image.
     """
     try:

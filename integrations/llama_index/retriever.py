@@ -30,9 +30,9 @@ class CocoaRetriever(MultiModalRetriever):
     The collection may be on a server, in a local folder, or in Qdrant Edge; LlamaIndex's own store does not read Edge.
     Several texts in ``custom_embedding_strs`` are one query, joined by newlines. An ``embedding`` in the query is
     ignored: LlamaIndex's retrievers leave the embeddings of other models there. It has the methods of LlamaIndex's
-    ``MultiModalVectorIndexRetriever``. A pickled retriever opens its collection again where it is used.
-    Its image nodes are ``StoredImage``s, which show a chat model image and caption, also if the image is no file of its
-    own (``report.pdf#page=3``, ``a.tar#0.jpg``, ``s3://...``).
+    ``MultiModalVectorIndexRetriever``. A pickled retriever opens its collection again at use.
+    Its image nodes are ``StoredImage``s, which show a chat model image and caption, even if the image is not a file of
+    its own (``report.pdf#page=3``, ``a.tar#0.jpg``, ``s3://...``).
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class CocoaRetriever(MultiModalRetriever):
         :param image_similarity_top_k: The same for ``text_to_image_retrieve`` and ``image_to_image_retrieve``.
         :param filters: Conditions on the payload, as LlamaIndex's or Qdrant's filters.
         :param score_threshold: The minimum cosine similarity of a node.
-        :param diversity: From 0 (the nearest) to 1 (as different from each other as can be).
-        :param vectors: Of a model of several vectors, how many of the query's rescore the best nodes.
+        :param diversity: From 0 (the nearest) to 1 (as different from each other as possible).
+        :param vectors: For a model of several vectors, how many of the query's vectors rescore the best nodes.
         :param allowed_hosts: The hosts from which the images of queries and of nodes may be fetched.
         :param kwargs: Options of LlamaIndex's ``BaseRetriever``, such as ``callback_manager``.
         :raises UsageError: If a filter's value does not fit its operator or its field.

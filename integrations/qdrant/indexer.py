@@ -41,7 +41,7 @@ class QdrantIndexer(Searcher):
 
     The collection is in a local folder, in a folder of Qdrant Edge, or on a Qdrant server. It stores the fingerprint of
     the model that made it, and refuses any other. The store and the model are opened at first use. Threads may share an
-    indexer; a pickled one is its settings. It is a context manager.
+    indexer; a pickled one holds only its settings. It is a context manager.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class QdrantIndexer(Searcher):
         """Name the model and the collection; nothing is opened yet.
 
         :param model: A SentenceTransformer that embeds text and images, or the folder or hub name of one; None if
-            nothing will be embedded: to search by indexed images.
+            nothing will be embedded, as in searches by indexed images.
         :param client: A client, which the caller closes.
         :param path: The folder of a local store, created if needed; ``cocoa-index`` if no location is given.
         :param url: The address of a Qdrant server.
@@ -75,14 +75,14 @@ class QdrantIndexer(Searcher):
         :param collection: The name of the collection, which the first run of ``index`` creates.
         :param dimension: Keep only the first values of an embedding (Matryoshka); None for all, or for the dimension of
             an existing collection.
-        :param prefer_grpc: Whether to speak gRPC with the server at ``url``, on port 6334.
-        :param create: How a new collection on a server or in Qdrant Edge keeps its points, such as ``{"shards": 4,
+        :param prefer_grpc: Whether to use gRPC for the server at ``url``, on port 6334.
+        :param create: How a new collection on a server or in Qdrant Edge stores its points, such as ``{"shards": 4,
             "vectors": "float16", "hnsw": "after"}``: options of ``StoreOptions``.
-        :param embed: What a new collection embeds of an image: ``image``; ``image+caption``, both in one vector; or
-            ``both``, a vector each. None for ``image``, or for what an existing collection does.
+        :param embed: What a new collection embeds: ``image``; ``image+caption``, both in one vector; or ``both``, a
+            vector for each. None means ``image``, or what an existing collection embeds.
         :param batch_size: The maximum number of images in a batch.
         :param device: The torch device for a model that has to be loaded.
-        :param devices: Several devices for it, a process each: ``"cuda:0,cuda:1"`` or ``"all"``.
+        :param devices: Several devices for it, one process each: ``"cuda:0,cuda:1"`` or ``"all"``.
         :param model_options: ``dtype``, ``max_pixels``, ``revision``, ``trust_remote_code``, ``workers`` and
             ``batch_tokens`` (``load_encoder``), for a model that has to be loaded.
         :raises UsageError: If more than one of ``client``, ``path``, ``url`` and ``edge`` is given, if an argument is
@@ -127,7 +127,7 @@ class QdrantIndexer(Searcher):
         return self._encoder_for(None)
 
     def require_model(self) -> None:
-        """Check that the model made the collection; one that was described before is not loaded for it.
+        """Check that the model made the collection; the model is loaded only if it was not described before.
 
         :raises CocoaError: If there is no such collection, another model made it, or the model cannot be loaded.
         """
@@ -148,19 +148,20 @@ class QdrantIndexer(Searcher):
         """Embed and store the images in ``paths``; unchanged files are skipped by size and mtime.
 
         Captions and other columns of a folder's ``metadata.jsonl`` go into the payload, and captions into the embedding
-        as ``embed`` says. Files that cannot be used are listed in the summary. Files with the same content are one
+        as ``embed`` says. Files that cannot be used are listed in the summary. Files with the same content share one
         point.
 
         :param paths: A folder, a file, a pattern such as ``photos/**/*.png``, a ``.txt`` file with one path or address
             per line, an archive, a table, a document, a video, an address, or several of them (``all_sources``).
         :param prune: Whether to remove files below ``paths`` that no longer exist from the index. A path without
-            images, or that would lose more than one point and 30 %, is not pruned and listed in the summary.
+            images, or one that would lose more than one point and more than 30 % of its points, is not pruned, and is
+            listed in the summary.
         :param prune_all: Whether to remove them even then.
         :param thumbnails: A folder for small copies of the images, created if needed.
-        :param llama_index: Whether to store what LlamaIndex's own ``QdrantVectorStore`` reads, too, about 2 KB a point;
-            ``CocoaRetriever`` does not need it.
-        :param retry_failed: Whether to try contents again that could not be used before.
-        :param sources: What to exclude, and what places other than folders of photographs give.
+        :param llama_index: Whether to also store what LlamaIndex's own ``QdrantVectorStore`` reads, about 2 KB per
+            point; ``CocoaRetriever`` does not need it.
+        :param retry_failed: Whether to retry images that could not be used before.
+        :param sources: What to exclude, and how to read places other than folders of photographs.
         :param progress: Whether to show a progress bar on standard error.
         :raises CocoaError: If there are no images, the model embeds no images, another model made the collection, or
             the collection holds other vectors.
@@ -201,9 +202,9 @@ class QdrantIndexer(Searcher):
         return run.summary(time.perf_counter() - started - (encoder.load_seconds - loading))
 
     def forget(self, paths: str | Path | Iterable[str | Path]) -> Forgotten:
-        """Remove images from the index, whether they exist or not. A copy elsewhere keeps its point.
+        """Remove images from the index, whether or not their files exist. A copy elsewhere keeps its point.
 
-        :param paths: Files, folders with all that is below, archives and documents with all that is in them, URLs.
+        :param paths: Files, folders with everything below them, archives and documents with all their images, URLs.
         :raises CocoaError: If there is no such collection.
         """
         with self._indexing:
@@ -222,15 +223,15 @@ class QdrantIndexer(Searcher):
             self._manifest = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the settings, the API key among them, by which another process opens the collection and the model.
+        """Return the settings, including the API key, with which another process opens the collection and the model.
 
         A model that was given loaded is loaded there by its name, without options such as ``max_pixels``.
 
-        :raises CocoaError: If the client or the model were given, and another process cannot find them.
+        :raises CocoaError: If a client was given, or a loaded model that another process cannot find.
         """
         if self._settings is None:
             raise CocoaError(
-                "the indexer cannot go to another process, which cannot share its client; give path, url or edge"
+                "the indexer cannot be sent to another process, which cannot share its client; give path, url or edge"
             )
         model = self._model
         if model is not None and not isinstance(model, (str, Path)):
@@ -281,8 +282,8 @@ class QdrantIndexer(Searcher):
             if signature.fingerprint != encoder.fingerprint:
                 raise CocoaError(
                     f"{self.store.name} was made with {signature.model} (fingerprint {signature.fingerprint:.12}), not"
-                    f" with {encoder.name} ({encoder.fingerprint:.12}); choose another collection, or the model that"
-                    " made it, with its --max-pixels"
+                    f" with {encoder.name} ({encoder.fingerprint:.12}); choose another collection, or give the model"
+                    " that made it, with the same --max-pixels"
                 )
             if self._embed not in (None, signature.embed):
                 raise CocoaError(
@@ -294,8 +295,8 @@ class QdrantIndexer(Searcher):
             encoder = encoder.truncate(dimension)
         if signature is not None and signature.dimension != encoder.dimension:
             raise CocoaError(
-                f"{self.store.name} holds vectors of {signature.dimension} dimensions, {encoder.name} makes"
-                f" {encoder.dimension}; choose another collection, or the model that made it"
+                f"{self.store.name} holds vectors of {signature.dimension} dimensions, but {encoder.name} makes"
+                f" {encoder.dimension}; choose another collection, or give the model that made it"
             )
         return encoder
 
@@ -312,7 +313,7 @@ class QdrantIndexer(Searcher):
             if self._encoder is None:
                 if self._model is None:
                     raise UsageError(
-                        "no model was given, which a text or an image needs; give the one of the collection"
+                        "no model was given, but a text or an image needs one; give the model of the collection"
                     )
                 if isinstance(self._model, (str, Path)):
                     encoder = open_encoder(self._model, **self._model_options)

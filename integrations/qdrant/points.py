@@ -1,4 +1,4 @@
-"""An image content as a Qdrant point: its id, and its payload, which becomes an ``ImageNode`` of LlamaIndex."""
+"""The content of an image as a Qdrant point: its id, and its payload, which becomes an ``ImageNode`` of LlamaIndex."""
 
 import json
 import re
@@ -17,10 +17,10 @@ NODE_KEYS = frozenset({"_node_content", "_node_type", "document_id", "doc_id", "
 """The payload keys that only LlamaIndex reads."""
 
 MTIME_TOLERANCE = 1e-6
-"""In seconds."""
+"""The difference in seconds up to which two mtimes are equal."""
 
 LOCATION_KEYS = ("paths", "relative_paths", "mtimes")
-"""The payload keys of the files that hold a content: parallel lists."""
+"""The payload keys of the files that hold the content: parallel lists."""
 
 REVISION = "revision"
 """The payload key that counts the changes of a stored point."""
@@ -29,14 +29,14 @@ PLACE_KEYS = frozenset({"shard", "page", "seconds"})
 """The payload keys of an image that is in an archive, a table, a document or a video."""
 
 PLACE = re.compile(r"#(?:page=(?P<page>\d+)|t=(?P<seconds>\d+(?:\.\d+)?))$")
-"""Ends the key of a page of a document, or of a frame of a video."""
+"""Matches the end of the key of a page of a document, or of a frame of a video."""
 
 LLM_KEYS = frozenset({"relative_path", "metadata"})
-"""The payload keys that LlamaIndex shows to a language model beside the node's text, which is the caption."""
+"""The payload keys that LlamaIndex shows to a language model in addition to the node's text, which is the caption."""
 
 
 class FileLocation(NamedTuple):
-    """A file, or a place in a shard, that holds a content, as the payload has it."""
+    """A file, or a place in a shard, that holds the content, as stored in the payload."""
 
     path: str
     """Absolute, or a URL."""
@@ -46,7 +46,7 @@ class FileLocation(NamedTuple):
 
 
 def location_of(record: Record) -> FileLocation:
-    """Return the location of a record as the payload has it."""
+    """Return the location of a record as stored in the payload."""
     return FileLocation(storable(record.key), storable(record.relative_key), record.mtime)
 
 
@@ -58,13 +58,13 @@ def describe(record: Record) -> Payload:
 
 
 def caption_of(payload: Mapping[str, Any]) -> str | None:
-    """Return the caption of a payload as it is embedded; None if it has no words."""
+    """Return the caption of a payload as it is embedded; None if it is missing or blank."""
     caption = payload.get("caption")
     return caption if isinstance(caption, str) and caption.strip() else None
 
 
 def point_id(sha256: str) -> str:
-    """Return the id of the point for a content: a UUID, the same on every machine.
+    """Return the id of the point for content: a UUID, the same on every machine.
 
     :param sha256: 64 hexadecimal digits, in lower case.
     """
@@ -100,7 +100,7 @@ def make_payload(
 
 
 def place_fields(locations: Sequence[FileLocation], shards: Iterable[str]) -> Payload:
-    """Return where in shards a content is: ``shard`` of all locations, ``page`` or ``seconds`` of the first.
+    """Return where in shards the content is: ``shard`` of all locations, ``page`` or ``seconds`` of the first.
 
     :param shards: The keys of the shards that the locations may be in. The field is a list if they are in several.
     """

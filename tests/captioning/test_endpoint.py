@@ -257,7 +257,7 @@ def test_an_unknown_model_ends_the_run(command: Command, photos: Path) -> None:
 def test_an_address_of_another_kind_is_refused(command: Command, photos: Path, url: str) -> None:
     result = command("caption", photos, "--out", "out", "--endpoint", url, "--model", "m")
     assert result.status == 2
-    assert "is no address of an endpoint" in result.error()
+    assert "is not the address of an endpoint" in result.error()
 
 
 def test_an_image_is_sent_with_at_most_the_pixels_of_the_limit(command: Command, photos: Path) -> None:

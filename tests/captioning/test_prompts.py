@@ -84,7 +84,7 @@ def test_an_answer_of_line_ends_is_read_at_once() -> None:
         assert len(PROMPTS.read([QUESTIONS], [Answer(answer)])["questions"]) == answer.endswith("is.")
 
 
-def test_of_a_cut_answer_the_last_pair_is_left_out_and_without_pairs_it_is_unusable() -> None:
+def test_a_cut_answer_loses_its_last_pair_and_is_unusable_without_pairs() -> None:
     pairs = Answer("Q: What is red?\nA: The ball.\nQ: How many?\nA: Tw", is_cut=True)
     assert [each["answer"] for each in PROMPTS.read([QUESTIONS], [pairs])["questions"]] == ["The ball."]
     (reason,) = PROMPTS.read([QUESTIONS], [Answer("What is red? The ball.")])["unusable"]

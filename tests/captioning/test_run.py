@@ -187,7 +187,7 @@ def test_a_killed_process_loses_at_most_the_images_at_work(blank: Path) -> None:
     assert len(read_image_folder(blank.parent / "out")) == 7
 
 
-def test_changed_images_and_other_settings_are_captioned_anew(blank: Path) -> None:
+def test_changed_images_and_other_settings_are_captioned_again(blank: Path) -> None:
     list(caption_run(blank, Namer()).caption())
     Image.new("RGB", (90, 5)).save(blank / "1.png")
     assert caption_run(blank, Namer()).plan()["to_caption"] == 1
@@ -249,11 +249,11 @@ def test_values_that_json_does_not_have_are_written_so_that_they_are_read_again(
     assert len(rows) == 7
 
 
-def test_a_full_disk_is_a_sentence_and_the_next_run_goes_on(blank: Path) -> None:
+def test_a_full_disk_is_one_sentence_and_the_next_run_continues(blank: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
     try:
-        with pytest.raises(CocoaError, match=r"out cannot be written \(File too large\); give another --out, or mend"):
+        with pytest.raises(CocoaError, match=r"out cannot be written \(File too large\); give another --out, or fix"):
             list(caption_run(blank, Namer(), wordings=1).caption())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -278,7 +278,7 @@ def test_wrong_usage_is_one_sentence_with_the_way_out(
         ("1 No backbone 'nowhere'", blank, "out", ["--with", "nowhere"]),
         ("2 scene-captioner follows no prompts", blank, "out", [*ours, "--questions", 2]),
         (f"1 {tmp_path / 'empty'} holds no images", tmp_path / "empty", "out", ours),
-        (f"1 {tmp_path / 'gone'} is no folder", tmp_path / "gone", "out", ours),
+        (f"1 {tmp_path / 'gone'} is not a folder", tmp_path / "gone", "out", ours),
         (f"1 {blank} holds something else", blank, blank, ours),
     ):
         error = command("caption", folder, "--out", tmp_path / out, *options, "--yes").error()

@@ -115,7 +115,7 @@ def test_what_is_passed_over_is_counted_with_exit_status_0(
     (pictures / "only").mkdir()
     (pictures / "._red.png").rename(pictures / "only" / "._red.png")
     code, _, err = command("index", pictures / "only", "--model", "fake")
-    assert (code, "there are no images in" in err, "but for 1 passed over" in err) == (1, True, True)
+    assert (code, "there are no images in" in err, "except for 1 passed over" in err) == (1, True, True)
     assert command("index", pictures, "--model", "fake", "--exclude", "!").status == 2
 
 
@@ -183,18 +183,18 @@ FROM_THE_WEB = [*BESIDE_AN_INDEX, "--image", "http://127.0.0.1/a.png"]
         ([*RED, "--url", "http://me:secret@host"], "--api-key"),
     ],
 )
-def test_wrong_input_is_one_sentence(command: Command, arguments: list[str], expected: str) -> None:
+def test_wrong_input_is_reported_in_one_sentence(command: Command, arguments: list[str], expected: str) -> None:
     Path("empty").mkdir()
     done = command(*arguments)
     assert expected in done.error()
     assert set(done.err.splitlines()[:-1]) <= {"a library says hello"}
 
 
-def test_a_query_that_does_not_fit_the_model_is_one_sentence(command: Command, indexed: Path) -> None:
+def test_a_query_that_does_not_fit_the_model_is_reported_in_one_sentence(command: Command, indexed: Path) -> None:
     colour_image("red", (1, 20_000)).save("thin.png")
     for query, reason in ((["--image", "thin.png"], "aspect ratio"), ([f"red {IMAGE_TOKEN}"], "image tokens")):
         text = command("search", *query, "--model", "fake", "--json").error()
-        assert "fake does not take the query (" in text
+        assert "fake does not accept the query (" in text
         assert reason in text
 
 
@@ -217,7 +217,7 @@ def test_a_missing_extra_is_named_with_the_command(
     assert "[eval]'" in command("eval", "mmeb", pictures, "--images", pictures, "--model", "fake").error()
 
 
-def test_ctrl_c_is_told_while_a_model_is_loaded(
+def test_ctrl_c_while_a_model_is_loaded_is_reported(
     command: Command, indexed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:
@@ -244,17 +244,17 @@ def test_images_inside_of_other_files_are_shown_and_searched_by(command: Command
         text = Path(f"{key}.html").read_text()
         assert text.count('src="data:image/jpeg;base64,') == 5, "the example, and the hits"
         assert "cannot be read" not in text
-    assert "a.tar#gone.png: is no image in the archive" in command(
+    assert "a.tar#gone.png: is not an image in the archive" in command(
         "search", "--image", "shards/a.tar#gone.png", "--model", "fake"
     ).error()  # fmt: skip
 
 
-def test_a_search_loads_the_model_as_it_is_told(
+def test_a_search_loads_the_model_with_the_given_options(
     command: Command, indexed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = Mock(return_value=FakeModel())
     monkeypatch.setattr("sentence_transformers.SentenceTransformer", loaded)
-    assert "v1 is of a model on the hub" in command("search", "red", "--model", "fake", "--revision", "v1").error()
+    assert "v1 needs a model on the hub" in command("search", "red", "--model", "fake", "--revision", "v1").error()
     given = ("--dtype", "bfloat16", "--trust-remote-code")
     assert command("search", "red", "--model", "fake", *given).status == 0
     (call,) = loaded.call_args_list

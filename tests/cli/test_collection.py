@@ -89,8 +89,8 @@ def test_points_are_exported_as_json_lines_and_parquet(command: Command, storage
     assert pyarrow.parquet.read_table("none.parquet").num_rows == 0
     assert not list(Path().glob("*.new"))
     for arguments, words in (
-        (["points.csv"], "2 points.csv is no file for points; give one that ends in .jsonl or .parquet, or -"),
-        (["none/points.jsonl"], "1 none/points.jsonl cannot be written, its folder does not exist"),
+        (["points.csv"], "2 points.csv is not a file for points; give one that ends in .jsonl or .parquet, or -"),
+        (["none/points.jsonl"], "1 none/points.jsonl cannot be written: its folder does not exist"),
         (["a.jsonl", "--filter", "width 5"], "2 'width 5' is not a filter: did you mean width=5?"),
     ):
         assert words in command("export-points", *arguments, *storage).error()
@@ -106,7 +106,7 @@ def test_an_export_that_fails_leaves_the_earlier_file(
     assert [file.read_text() for file in Path().glob("points*")] == ["earlier"]
 
 
-def test_an_export_that_cannot_be_written_is_one_sentence(command: Command, storage: list[str]) -> None:
+def test_an_export_that_cannot_be_written_is_reported_in_one_sentence(command: Command, storage: list[str]) -> None:
     long = f"{'a' * 245}.jsonl"  # the name of its scratch file is longer
     assert f"{long} cannot be written (File name too long)" in command("export-points", long, *storage).error()
 
@@ -123,7 +123,7 @@ def test_a_column_becomes_filterable_on_a_server(command: Command) -> None:
         assert "keyword index on metadata.licence" in done.err
         assert "integer index on metadata.year" in done.err
         assert len(command(*search, "--json").document()["hits"]) == 2
-        assert "filters only on: bytes, caption" in command("info", "--url", server.url).err
+        assert "filters work only on: bytes, caption" in command("info", "--url", server.url).err
         assert "licence=CC0" not in command("export-points", "-", "--filter", "licence=CC0", "--url", server.url).err
         store.close()
     assert "2 a local index (--path) filters by any key" in command("filterable", "licence").error()

@@ -65,7 +65,7 @@ def test_index_takes_archives_documents_and_addresses(command: Command) -> None:
         (["embed", "photos", "--every", "0"], 2, "'--every'"),
     ],
 )
-def test_wrong_usage_is_one_sentence(command: Command, words: list[str], code: int, message: str) -> None:
+def test_wrong_usage_is_reported_in_one_sentence(command: Command, words: list[str], code: int, message: str) -> None:
     done = command(*words, "--model", "fake", "--out", "out")
     assert (done.status, done.out) == (code, "")
     assert message in done.err.replace("\n", " ")

@@ -44,7 +44,7 @@ def test_the_limit_is_part_of_what_the_collection_was_made_with(command: Command
     for words in (index, search, (*search, "--max-pixels", 4 * SMALL)):
         refused = command(*words)
         assert refused.status == 1
-        assert "or the model that made it, with its --max-pixels" in refused.err
+        assert "or give the model that made it, with the same --max-pixels" in refused.err
     assert command("embed", "photos", "--model", model, "--out", "out", "--max-pixels", SMALL).status == 0
     assert command("load", "out").status == 0, "of the same limit"
     indexer, _ = open_app(model, "cpu", {"path": "cocoa-index"}, Limits(), None, SMALL)
@@ -74,5 +74,5 @@ def test_a_model_of_no_family_has_no_limit(tmp_path: Path) -> None:
     texts = SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=4)], device="cpu")
     for name, model in (("clip", tiny_clip_model(tmp_path / "weights")), ("texts", texts)):
         model.save(str(tmp_path / name))
-        with pytest.raises(UsageError, match=f"{name} is none; leave max_pixels out"):
+        with pytest.raises(UsageError, match=f"not for .*{name}; leave max_pixels out"):
             load_encoder(tmp_path / name, "cpu", max_pixels=SMALL)

@@ -64,7 +64,7 @@ def test_help_has_the_options_of_a_group_in_their_place(capsys: pytest.CaptureFi
         assert [line.split()[0] for line in lines if line.startswith("  --")] == options
 
 
-def test_a_document_that_cannot_be_printed_is_one_sentence(
+def test_a_document_that_cannot_be_printed_is_reported_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full = Path("/dev/full").open("w")

@@ -49,7 +49,7 @@ def test_results_inside_the_run_are_added_once_and_those_of_training_data_not_pu
     assert not (copy / "report.html").exists()
 
 
-def test_a_model_is_of_the_run_that_it_lies_in_or_was_exported_from(finished: Path, tmp_path: Path) -> None:
+def test_a_model_belongs_to_the_run_that_holds_it_or_that_it_was_exported_from(finished: Path, tmp_path: Path) -> None:
     export_model(finished / "contrastive", tmp_path / "exported")
     shutil.copytree(tmp_path / "exported", tmp_path / "strange")
     training = json.loads((tmp_path / "strange" / TRAINING_FILE).read_text())
@@ -60,13 +60,15 @@ def test_a_model_is_of_the_run_that_it_lies_in_or_was_exported_from(finished: Pa
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"benchmark": "pairs"}', '{"benchmark": ["x"]}'])
-def test_a_file_that_is_no_result_is_named(finished: Path, tmp_path: Path, command: Command, text: str) -> None:
+def test_a_file_that_is_not_a_result_is_named(finished: Path, tmp_path: Path, command: Command, text: str) -> None:
     (tmp_path / "pairs.json").write_text(text)
     error = command("report", finished, "--eval", tmp_path / "pairs.json", "--out", tmp_path / "page.html").error()
-    assert "pairs.json is no result of cocoa-embed eval; give a pairs.json or mmeb.json" in error
+    assert "pairs.json is not a result of cocoa-embed eval; give a pairs.json or mmeb.json" in error
 
 
-def test_what_cannot_be_read_or_written_is_one_sentence(copy: Path, tmp_path: Path, command: Command) -> None:
+def test_what_cannot_be_read_or_written_is_reported_in_one_sentence(
+    copy: Path, tmp_path: Path, command: Command
+) -> None:
     for arguments, words in (
         ((copy / "bridge",), f"it is part of the run {copy}"),
         ((copy, "--out", copy), "small cannot be written"),

@@ -66,9 +66,9 @@ def test_a_run_with_nothing_new_loads_no_model_and_a_changed_model_is_still_foun
     (own / "cocoa_training.json").write_text(json.dumps(recipe))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        assert "choose another collection, or the model that made it" in command(*words).error()
+        assert "choose another collection, or give the model that made it" in command(*words).error()
     done, modules = modules_of_command(words, tmp_path)
-    assert "choose another collection, or the model that made it" in done.error()
+    assert "choose another collection, or give the model that made it" in done.error()
     assert not HEAVY & modules, "the other model is remembered too"
 
 

@@ -88,5 +88,5 @@ def test_instruction_and_content_joined_are_the_text(subset: str, side: str, sta
 def test_an_image_token_without_an_image_is_refused_but_in_the_queries_that_are_published_like_this() -> None:
     webqa = "Find a Wikipedia image that answers this question: who?"
     assert without_image_token(f"<|image_1|>\n{webqa}\n", has_image=False, source="row 1") == webqa
-    with pytest.raises(RowError, match=r"row 1: .* holds <\|image_1\|>, but there is no path of an image"):
+    with pytest.raises(RowError, match=r"row 1: .* holds <\|image_1\|>, but the row has no image path"):
         without_image_token("<|image_1|>\nIdentify the object", has_image=False, source="row 1")

@@ -84,7 +84,7 @@ def test_wrong_folders_are_a_sentence_each(photos: Path, command: Command, monke
     for arguments, message in (
         (["--photos", "gone"], "1 gone does not exist; give a folder of images with metadata.jsonl."),
         (["--photos", "bare"], "1 bare has no metadata.jsonl"),
-        (["--photos", "few"], f"1 few has 12 captioned images; the demo takes {FEWEST} or more"),
+        (["--photos", "few"], f"1 few has 12 captioned images; the demo needs at least {FEWEST}"),
         (["--photos", "photos", "--backbone", "./nothing"], "1 recipe photos: backbone ./nothing does not exist"),
         (["--photos", "photos", "--work", "photos"], "2 photos holds photos, which the run reads"),
         (["--backbone", "work/mine", "--work", "work"], "2 work holds work/mine, which the run reads"),
@@ -107,7 +107,7 @@ def test_the_report_says_what_a_model_can_do_against_chance(low: float, verdict:
     }
     text = " ".join(findings(scores, 3_000_000, 800))
     assert f"5.0% ({low:.1%} to 7.0%) of 1000 texts" in text
-    assert f"in random order 1.0%: {verdict}." in text
+    assert f"a random order, 1.0%: {verdict}." in text
     assert "-1.1% (-3.0% to +0.8%)" in text
     assert "3.0 million parameters and was trained on 800 photographs" in text
 

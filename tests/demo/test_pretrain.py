@@ -145,7 +145,7 @@ def test_a_run_whose_captions_have_changed_is_not_resumed(scene_folder: Path, tm
     assert contents(out) == before
 
 
-def test_a_run_of_the_version_before_which_kept_no_fingerprints_is_resumed(
+def test_a_run_of_an_earlier_version_without_fingerprints_is_resumed(
     scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = tiny(scene_folder)
@@ -164,7 +164,7 @@ def test_a_folder_that_holds_what_the_run_reads_is_refused(held: str, scene_fold
         pretrain(settings, tmp_path)
 
 
-def test_the_best_weights_by_the_held_out_loss_are_written_and_the_last_beside_them(
+def test_the_best_weights_by_the_held_out_loss_are_written_and_the_last_next_to_them(
     scene_folder: Path, held_out_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of_all = [3.0, 9.0, 1.0, 9.0, 2.0, 9.0]  # right and wrong, of three measurements
@@ -245,7 +245,7 @@ def test_only_rows_of_new_tokens_learn_while_the_language_model_is_frozen(load_t
         (["vision.steps=0"], {"teacher": Path("t.pt2")}, "is for the vision stage, which has no steps"),
         (["connector.steps=1"], {}, "random without --language-model"),
         ([], {"held_out": Path("nowhere")}, "nowhere does not exist"),
-        ([], {"teacher": Path("nowhere.pt2")}, "nowhere.pt2 is no file of torch.export.save"),
+        ([], {"teacher": Path("nowhere.pt2")}, "nowhere.pt2 is not a file of torch.export.save"),
         (["vision.word_images=99"], {}, "No word is in the captions of 99 images"),
     ],
 )
@@ -276,7 +276,7 @@ def test_a_run_resumes_with_its_own_settings_alone_and_replaces_nothing_else(
     killing("all", 1)
     with pytest.raises(Killed):
         pretrain(tiny(scene_folder, "vision.steps=0"), out)
-    with pytest.raises(UsageError, match=r"had another vision and another seed \(see pretraining\.json there\)"):
+    with pytest.raises(UsageError, match=r"had other values of vision and seed \(see pretraining\.json there\)"):
         pretrain(tiny(scene_folder, "seed=1"), out, resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
@@ -290,8 +290,8 @@ def test_a_run_resumes_with_its_own_settings_alone_and_replaces_nothing_else(
     [
         (["all.step=3"], "unknown key 'all.step' (did you mean 'steps'? known:"),
         (["all.steps=few"], "all.steps = 'few': input should be a valid integer"),
-        (["model.image_size=100"], "model: image_size 100 is no multiple of 1 x patch_size x merge_size (28)"),
-        (["model.width=100"], "model: width 100 is no multiple of 2 x heads (6)"),
+        (["model.image_size=100"], "model: image_size 100 is not a multiple of 1 x patch_size x merge_size (28)"),
+        (["model.width=100"], "model: width 100 is not a multiple of 2 x heads (6)"),
         (["--language-model", "lm", "model.width=64"], "model.width: --language-model has its own"),
         (["all=5"], "all = 5: input should be a valid dictionary"),
         (["data=photos"], "Override 'data=photos': give --data instead"),

@@ -72,7 +72,7 @@ def test_everything_else_is_updated_by_adamw_with_its_decay(encoder: Encoder) ->
         torch.testing.assert_close(encoder.get_parameter(name), stock.get_parameter(name), rtol=0, atol=0)
 
 
-def test_a_restored_optimizer_goes_on_as_the_first(encoder: Encoder) -> None:
+def test_a_restored_optimizer_continues_like_the_first(encoder: Encoder) -> None:
     first = optimizer(encoder)
     steps(encoder, first)
     state, copied = copy.deepcopy(first.state_dict()), copy.deepcopy(encoder)
@@ -81,10 +81,10 @@ def test_a_restored_optimizer_goes_on_as_the_first(encoder: Encoder) -> None:
     assert steps(encoder, first) == steps(copied, second)
 
 
-def test_a_version_of_torch_without_it_is_refused_before_anything_is_written(
+def test_a_torch_without_muon_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(UsageError, match=r"muon_learning_rate needs torch 2\.9, and this is .*; set it to null"):
+    with pytest.raises(UsageError, match=r"muon_learning_rate needs torch 2\.9, but this is .*; set it to null"):
         pretrain(read_settings(["all.muon_learning_rate=1e-3"], data="scenes"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

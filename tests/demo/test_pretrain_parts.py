@@ -147,7 +147,7 @@ def test_a_backbone_around_a_language_model_ends_every_text_in_its_own_end_of_te
     ("change", "reason"),
     [
         ("missing", "does not exist; give the folder"),
-        ("family", r"is a 'gpt2' model; a language model can be llama or qwen2\."),
+        ("family", r"is a 'gpt2' model; --language-model takes llama or qwen2\."),
         ("tokenizer", "cannot be loaded as a language model"),
         ("bias", r"does not fit into a Qwen2-VL \(.*o_proj\.bias"),
         ("heads", r"does not fit into a Qwen2-VL \(.*size mismatch"),

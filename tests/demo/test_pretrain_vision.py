@@ -138,8 +138,8 @@ class Grey(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("missing", r"teacher\.pt2 is no file of torch\.export\.save; it has to map pixels \[n, 3, S, S\]"),
-        ("text", r"is no file of torch\.export\.save"),
+        ("missing", r"teacher\.pt2 is not a file of torch\.export\.save; it has to map pixels \[n, 3, S, S\]"),
+        ("text", r"is not a file of torch\.export\.save"),
         ("archive", r"cannot be loaded as a teacher \(.*\); it has to map"),
         ("flat", r"returns \[3, 3\] for 3 images; it has to map"),
         ("grey", r"takes inputs of the shapes \[\[s\d+, 1, 56, 56\]\]; it has to map"),

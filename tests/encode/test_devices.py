@@ -51,7 +51,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, bytes]]:
 
 def test_the_devices_of_a_list_are_its_names() -> None:
     assert read_devices("cuda:0, cpu,cpu") == ["cuda:0", "cpu", "cpu"]
-    with pytest.raises(UsageError, match="names no device"):
+    with pytest.raises(UsageError, match="names no available device"):
         read_devices(" ,")
 
 
@@ -101,7 +101,7 @@ def test_two_processes_give_the_embeddings_of_one_in_the_order_of_the_images(
         encoder.close()
 
 
-def test_a_process_that_dies_is_a_sentence_and_the_next_run_starts_it_again(
+def test_a_process_that_dies_is_reported_in_one_sentence_and_the_next_run_starts_it_again(
     model: Path, images: list[tuple[str, bytes]]
 ) -> None:
     encoder = DeviceEncoder(model, ["cpu"])
@@ -114,7 +114,7 @@ def test_a_process_that_dies_is_a_sentence_and_the_next_run_starts_it_again(
     encoder.close()
 
 
-def test_a_stream_that_is_left_ends_the_processes(model: Path, images: list[tuple[str, bytes]]) -> None:
+def test_an_abandoned_stream_ends_the_processes(model: Path, images: list[tuple[str, bytes]]) -> None:
     encoder = DeviceEncoder(model, ["cpu"])
     stream = encoder.stream_images(images * 50, batch_size=1)
     next(stream)

@@ -55,11 +55,13 @@ def test_a_text_that_is_not_valid_unicode_is_wrong_usage(text: str) -> None:
         ({"text": f"red {IMAGE_TOKEN}"}, "image features and image tokens do not match"),
     ],
 )
-def test_a_query_that_the_model_refuses_is_one_sentence_that_names_the_model(item: ModelInput, reason: str) -> None:
+def test_a_query_that_the_model_refuses_is_reported_in_one_sentence_that_names_the_model(
+    item: ModelInput, reason: str
+) -> None:
     with pytest.raises(CocoaError, match=reason) as caught:
         Encoder(FakeModel(), "cocoa-tiny").embed_queries([item])
     assert not isinstance(caught.value, UsageError)
-    assert str(caught.value) == f"cocoa-tiny does not take the query ({reason})"
+    assert str(caught.value) == f"cocoa-tiny does not accept the query ({reason})"
 
 
 @pytest.mark.parametrize(

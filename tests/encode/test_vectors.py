@@ -113,7 +113,7 @@ def test_export_and_checkpoints_of_every_stage_load_as_one_model(
         fingerprints.add(encoder.fingerprint)
     one = load_encoder(first, "cpu")
     assert (one.most_vectors, len(fingerprints), one.fingerprint in fingerprints) == (1, 1, False)
-    with pytest.raises(UsageError, match=r"vectors is 2, and .*first makes 1 of an input; give 1 to 1"):
+    with pytest.raises(UsageError, match=r"vectors is 2, but .*first makes 1 per input; give 1 to 1"):
         one.truncate(None, 2)
 
 
@@ -145,10 +145,10 @@ def test_another_number_of_vectors_is_refused_by_the_command(
     command: Command, checkpoint: Path, tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
     result = command("export", checkpoint, tmp_path / "out", "--vectors", 2)
-    assert result.error() == f"2 --vectors is 2, and {checkpoint} has {COUNT}; give 1 or {COUNT}"
+    assert result.error() == f"2 --vectors is 2, but {checkpoint} has {COUNT}; give 1 or {COUNT}"
     one = write_checkpoint(tiny_backbone, tmp_path / "one")
     result = command("export", one, tmp_path / "out", "--vectors", 2)
-    assert result.error() == f"2 --vectors is 2, and {one} has 1; give 1"
+    assert result.error() == f"2 --vectors is 2, but {one} has 1; give 1"
     assert not (tmp_path / "out").exists()
 
 

@@ -88,7 +88,7 @@ class Faulty(FakeModel):
     ("text", "message"),
     [
         (f"{IMAGE_TOKEN} blue", r"fake cannot embed the text '<\|image_pad\|> blue' \(.*image tokens do not"),
-        ("huge", r"2 items at once, the text 'green' .* memory .* smaller --batch-tokens"),
+        ("huge", r"2 items at once, including the text 'green', .* memory .* smaller --batch-tokens"),
         ("red", "fake embeds the text 'red' as a vector that is not finite"),
     ],
 )

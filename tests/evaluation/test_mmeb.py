@@ -116,7 +116,7 @@ def test_equal_candidates_count_against_the_right_one_and_are_reported(run: Run,
 
 def test_a_broken_image_is_an_error(run: Run, benchmark_folder: MmebFolder) -> None:
     (benchmark_folder.images / "ImageNet-1K/0005.png").write_bytes(b"\x89PNG nothing more")
-    with pytest.raises(CocoaError, match=r"ImageNet-1K: .*0005\.png: .*get the image again"):
+    with pytest.raises(CocoaError, match=r"ImageNet-1K: .*0005\.png: .*download the image again"):
         run(ScoredModel(), benchmark_folder, "ImageNet-1K")
 
 

@@ -73,11 +73,14 @@ def test_missing_files_and_columns_are_named(tmp_path: Path, images: Path) -> No
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"tgt_text": "a"}, "expected qry_text and qry_img_path as texts, tgt_text and tgt_img_path as lists"),
+        ({"tgt_text": "a"}, "expected qry_text and qry_img_path as texts, tgt_text and tgt_img_path as equally long"),
         ({"tgt_img_path": [1, 2]}, "found '<|image_1|>\\nFind it\\n', 'MSCOCO_i2t/0000.png', ['a', 'b'], [1, 2]"),
         ({"tgt_img_path": [""]}, "expected"),
         ({"tgt_text": ["a", ""]}, "a candidate has neither a text nor an image"),
-        ({"qry_img_path": ""}, "the query: '<|image_1|>\\nFind it\\n' holds <|image_1|>, but there is no path"),
+        (
+            {"qry_img_path": ""},
+            "the query: '<|image_1|>\\nFind it\\n' holds <|image_1|>, but the row has no image path",
+        ),
         (
             {"tgt_text": ["a", "b", " b "], "tgt_img_path": [""] * 3},
             "two candidates are the same target (the text 'b')",

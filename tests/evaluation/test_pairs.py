@@ -135,7 +135,7 @@ def test_directions_are_named_by_the_parts_of_their_items() -> None:
 
 
 def test_pairs_of_one_document_and_of_another_kind_than_the_models_are_refused(captioned: Path) -> None:
-    with pytest.raises(CocoaError, match="2 pairs hold only one query or one document"):
+    with pytest.raises(CocoaError, match="2 pairs have only one distinct query or document"):
         directions([Pair(TEXT, IMAGE), Pair(Item("c"), IMAGE)])
     with pytest.raises(CocoaError, match="words does not embed image; these pairs need a model that does"):
         evaluate_pairs([Encoder(ScoredModel(modalities=("text",)), "words")], read_pairs(captioned))

@@ -313,7 +313,7 @@ def test_a_model_is_scored_image_by_image_as_eval_scores_it(tmp_path: Path, monk
     assert found["metrics"]["text_to_image"]["recall@1"] == pytest.approx(images[:, 0, 0].mean())
 
 
-def test_what_is_finished_is_compared_over_its_own_seeds_and_over_images() -> None:
+def test_finished_arms_are_compared_over_the_seeds_they_have_and_over_images() -> None:
     grid = replace(photo_grid(), groups=("photographs",), patterns=("*, 100 images, 5*",))
     generator = np.random.default_rng(0)
 

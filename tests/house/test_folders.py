@@ -51,7 +51,7 @@ def test_a_folder_that_was_being_emptied_can_be_claimed_again(
         ("notes", "notes/out", "notes"),
     ],
 )
-def test_what_holds_something_else_is_refused(tmp_path: Path, other: str, out: str, reason: str) -> None:
+def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, other: str, out: str, reason: str) -> None:
     (tmp_path / other).parent.mkdir(exist_ok=True)
     (tmp_path / other).write_text("mine")
     with pytest.raises(CocoaError, match=reason):

@@ -17,14 +17,14 @@ def run_script(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_it_says_so_and_stops(tmp_path: Path) -> None:
+def test_the_gpu_script_stops_with_a_message_without_a_card(tmp_path: Path) -> None:
     done = run_script(str(tmp_path / "results"))
     assert done.returncode == 1
     assert "no NVIDIA card here" in done.stderr
     assert not (tmp_path / "results").exists()
 
 
-def test_without_a_folder_it_says_how_it_is_called() -> None:
+def test_the_gpu_script_prints_its_usage_without_a_folder() -> None:
     done = run_script()
     assert done.returncode != 0
     assert "usage: benchmarks/gpu.sh FOLDER" in done.stderr

@@ -1,4 +1,4 @@
-"""Imports between rooms go one way, as `docs/architecture.md` draws them."""
+"""Imports between packages go one way, as the table in `docs/architecture.md` says."""
 
 import ast
 from collections import defaultdict
@@ -44,7 +44,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "demo": ("",),
     "cli": ("",),
 }
-"""What each room may import besides itself; the longest name that fits a module counts. "" is everything."""
+"""What each package may import besides itself; the longest name that fits a module counts. "" is everything."""
 
 
 def imports(source: str) -> Iterator[tuple[str, int]]:
@@ -73,8 +73,8 @@ def within(module: str, *packages: str) -> bool:
     return any(package in ("", module) or module.startswith(package + ".") for package in packages)
 
 
-def room_of(module: str) -> str:
-    return max((room for room in ALLOWED if within(module, room)), key=len)
+def package_of(module: str) -> str:
+    return max((package for package in ALLOWED if within(module, package)), key=len)
 
 
 def package_imports() -> Iterator[tuple[str, str, int]]:
@@ -92,17 +92,17 @@ def test_every_form_of_import_is_seen() -> None:
         assert data in [module for module, _ in imports(source)]
 
 
-def test_every_room_has_modules_and_a_rule() -> None:
-    assert {room_of(name) for name in source_files()} == set(ALLOWED)
+def test_every_package_has_modules_and_a_rule() -> None:
+    assert {package_of(name) for name in source_files()} == set(ALLOWED)
 
 
-def test_rooms_import_only_what_they_may() -> None:
+def test_packages_import_only_what_they_may() -> None:
     found = [
         f"{name}:{line} imports {imported}"
         for name, imported, line in package_imports()
-        if room_of(imported) != room_of(name)
+        if package_of(imported) != package_of(name)
         and imported
-        and not within(imported, *ALLOWED[room_of(name)])
+        and not within(imported, *ALLOWED[package_of(name)])
         and not (name == "train.__main__" and within(imported, "cli"))
     ]
     assert not found, "\n".join(found)

@@ -112,6 +112,6 @@ def test_ten_embeddings_and_their_tokens_are_those_of_sentence_transformers(
 
 
 @pytest.mark.skipif(bool(shutil.which("vllm")), reason="vLLM is installed")
-def test_without_vllm_it_says_so(script: ModuleType, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_vllm_is_reported(script: ModuleType, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"vLLM is not installed here: pip install vllm, or .* --url"):
         run(script, monkeypatch, exported)

@@ -78,7 +78,7 @@ def test_links_are_followed_loops_end_and_a_path_without_links_is_preferred(
         ("*.png", "does not exist, and nothing matches it as a pattern"),
         ("b*/*.jpg", "nothing matches it as a pattern"),
         ("a.txt/*", "nothing matches it as a pattern"),
-        ("a.txt", r"a\.txt is UTF-16; a list of files is UTF-8"),
+        ("a.txt", r"a\.txt is UTF-16; save the list of files as UTF-8"),
     ],
 )
 def test_a_path_that_leads_to_nothing_is_named(tmp_path: Path, path: str, reason: str) -> None:
@@ -213,7 +213,7 @@ def test_system_folders_are_passed_over_unless_they_are_named(tmp_path: Path) ->
         assert names(find_images([(tmp_path / file).parent / "*.*"]), tmp_path) == [file]
 
 
-def test_companions_are_told_by_their_bytes_and_deleted_files_by_their_names(tmp_path: Path) -> None:
+def test_companions_are_recognized_by_their_bytes_and_deleted_files_by_their_names(tmp_path: Path) -> None:
     make(tmp_path, "a.jpg", "sub/._empty.jpg", ".trashed-1700000000-b.jpg")
     (tmp_path / "._a.jpg").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
     (tmp_path / "._photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
@@ -263,7 +263,7 @@ def test_excluded_files_and_folders_are_those_of_a_gitignore_file(
 
 
 @pytest.mark.parametrize("pattern", ["", "/", "!", "\\", " "])
-def test_what_excludes_nothing_is_refused(pattern: str) -> None:
+def test_a_pattern_that_excludes_nothing_is_refused(pattern: str) -> None:
     with pytest.raises(UsageError, match=r"is not a pattern to exclude; give \*\.gif"):
         PassedOver([pattern])
 

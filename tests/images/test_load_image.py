@@ -73,7 +73,7 @@ def test_a_pil_image_that_cannot_be_used_is_an_image_error() -> None:
         ("nul\0.png", "cannot be read"),
     ],
 )
-def test_a_path_that_is_no_file_is_refused(tmp_path: Path, name: str, reason: str) -> None:
+def test_a_path_that_is_not_a_file_is_refused(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "x.png").mkdir()
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ImageError, match=reason):
@@ -166,7 +166,7 @@ def test_a_web_address_is_refused_and_shown_without_secrets() -> None:
         load_image("https://me:secret@example.com/a.jpg?key=secret")
 
 
-def test_a_missing_file_that_several_are_spelled_like_is_told_so(tmp_path: Path) -> None:
+def test_a_missing_file_with_several_spellings_on_disk_is_explained(tmp_path: Path) -> None:
     for name in ("\u00c5\u0301.png", "A\u030a\u0301.png"):  # Ǻ
         (tmp_path / name).touch()
     with pytest.raises(ImageError, match=r"does not exist; .* differ from it and .* rename all but one$"):

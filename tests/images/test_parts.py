@@ -38,7 +38,7 @@ def loaded(data: bytes) -> Image.Image:
         ([(SMALL, REDUCED)], SMALL),
     ],
 )
-def test_of_the_pages_of_a_tiff_the_full_picture_is_taken(
+def test_the_full_picture_among_the_pages_of_a_tiff_is_taken(
     pages: list[tuple[Image.Image, int]], expected: Image.Image
 ) -> None:
     """A pyramid is the largest copy; two pages that differ by a factor of two are pages."""
@@ -76,7 +76,7 @@ def test_a_full_picture_below_a_reduced_one_is_taken_if_it_is_no_raw_data(order:
     assert same(loaded(raw), SMALL)
 
 
-def test_directories_that_end_nowhere_or_in_circles_are_no_trouble() -> None:
+def test_tiff_directories_that_lead_nowhere_or_in_circles_are_harmless() -> None:
     data = tiff_of_pages((SMALL, REDUCED), (LARGE, FULL))
     (first,) = struct.unpack_from("<I", data, 4)
     (count,) = struct.unpack_from("<H", data, first)
@@ -89,7 +89,7 @@ def test_directories_that_end_nowhere_or_in_circles_are_no_trouble() -> None:
         assert full_picture(data[:end])
 
 
-def test_of_an_icon_the_largest_picture_is_taken() -> None:
+def test_the_largest_picture_of_an_icon_is_taken() -> None:
     large = corners((1024, 1024))
     data = encoded(corners((512, 512)), "ICNS", append_images=[large])
     assert same(loaded(data), large)
@@ -101,7 +101,7 @@ def test_of_an_icon_the_largest_picture_is_taken() -> None:
         load_image(icns_of(png_file(30000, 30000, 8, 0)))
 
 
-def test_of_a_photograph_with_more_pictures_the_main_one_is_taken() -> None:
+def test_the_main_picture_of_a_photograph_with_several_is_taken() -> None:
     several = pillow_heif.from_pillow(SMALL)
     several.add_from_pillow(LARGE)
     buffer = BytesIO()
@@ -111,7 +111,7 @@ def test_of_a_photograph_with_more_pictures_the_main_one_is_taken() -> None:
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG"])
-def test_of_an_animation_the_first_frame_is_taken(image_format: str) -> None:
+def test_the_first_frame_of_an_animation_is_taken(image_format: str) -> None:
     options = {"lossless": True} if image_format == "WEBP" else {}
     data = encoded(LARGE, image_format, save_all=True, append_images=[PAGE.resize(LARGE.size)], **options)
     with Image.open(BytesIO(data)) as opened:
@@ -119,5 +119,5 @@ def test_of_an_animation_the_first_frame_is_taken(image_format: str) -> None:
     assert same(loaded(data), LARGE)
 
 
-def test_of_a_layered_picture_the_whole_is_taken() -> None:
+def test_the_whole_of_a_layered_picture_is_taken() -> None:
     assert same(loaded(psd_of(SMALL)), SMALL)

@@ -147,7 +147,7 @@ def test_values_of_a_full_scale_keep_their_brightness(kind: type, factor: float,
 
 
 @pytest.mark.parametrize("kind", ["float, both signs", "float, heights", "int16, both signs", "int32, both signs"])
-def test_what_was_not_measured_leaves_the_range_to_the_rest(kind: str) -> None:
+def test_markers_of_missing_measurements_leave_the_range_to_the_other_values(kind: str) -> None:
     values = SCALED[kind].copy()
     clean = np.asarray(load_image(tiff_of(values, 1)), dtype=int)
     is_float = values.dtype.kind == "f"

@@ -93,7 +93,7 @@ def test_the_background_is_the_first_on_which_an_outline_is_seen() -> None:
     }
 
 
-def test_what_is_all_transparent_or_all_opaque_is_as_before() -> None:
+def test_fully_transparent_or_opaque_images_are_over_white() -> None:
     assert over_background(Image.new("RGBA", SIZE, (9, 9, 9, 0))).getcolors() == [(64 * 64, (255, 255, 255))]
     white = Image.new("RGBA", SIZE, "white")
     assert over_background(white).getcolors() == [(64 * 64, (255, 255, 255))]

@@ -145,7 +145,7 @@ def test_the_dimension_truncates_the_embeddings() -> None:
 
 
 def test_an_option_that_it_does_not_have_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"devic, max_pixels: no option of CocoaEmbedding; .* give its result"):
+    with pytest.raises(UsageError, match=r"devic, max_pixels: not an option of CocoaEmbedding; .* give its result"):
         CocoaEmbedding(model=FakeModel(), max_pixels=784, devic="cpu")
 
 
@@ -227,7 +227,7 @@ def test_images_come_from_files_data_and_allowed_hosts(
         online.get_image_embedding("https://b.example/blue.png")
 
 
-def test_the_bytes_of_a_file_are_no_text(embedding: CocoaEmbedding, folder: Path, files: list[str]) -> None:
+def test_the_bytes_of_a_file_are_not_a_text(embedding: CocoaEmbedding, folder: Path, files: list[str]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "noise.jpg")
     for file in (folder / "noise.jpg", Path(files[0])):

@@ -79,7 +79,7 @@ def test_filters_may_be_nested() -> None:
     assert found(MetadataFilters(filters=[either], condition=NOT)) == {1, 3, 4, 5}
 
 
-def test_no_filters_are_no_condition() -> None:
+def test_no_filters_give_no_condition() -> None:
     nothing = MetadataFilters(filters=[], condition=NOT)
     assert to_condition(nothing) is to_condition(MetadataFilters(filters=[nothing], condition=None)) is None
     assert found(MetadataFilters(filters=[nothing, *one("author", "==", "Ann").filters])) == {0}
@@ -100,7 +100,7 @@ def test_text_filters_and_llama_index_filters_give_the_same_condition() -> None:
         ("year", "<", "yesterday", "is not a number or a date, such as 2026"),
         *[("year", "nin", [value], "is not a finite number of at most 64 bits") for value in (math.inf, 2**63)],
         ("year", "text_match", "_!", "there is no word in"),
-        ("width", "==", "wide", "width is a number, 'wide' is not"),
+        ("width", "==", "wide", "width is a number, but 'wide' is not"),
         ('a"b', "==", 7, "is not a key"),
     ],
 )

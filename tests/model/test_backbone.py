@@ -58,7 +58,7 @@ def test_the_packaged_backbone_loads_by_name_in_float32_and_bidirectional_with_q
 
 
 @pytest.mark.parametrize("name", ["scene-captoner", "./nowhere"])
-def test_an_unknown_name_and_a_missing_folder_are_refused_without_a_look_at_the_hub(name: str) -> None:
+def test_an_unknown_name_and_a_missing_folder_are_refused_without_asking_the_hub(name: str) -> None:
     reason = rf"No backbone '{name}': it is neither a folder nor one of this package's \(scene-captioner\)"
     with pytest.raises(CocoaError, match=reason) as error:
         load_backbone(name)
@@ -80,7 +80,7 @@ def test_a_folder_precedes_a_built_in_name_and_a_hub_name_stays_as_it_is(
         (
             "",
             BertConfig().to_json_string(),
-            r"is a 'bert' model; supported are idefics3, internvl, qwen2_5_vl, qwen2_vl, qwen3_vl, smolvlm\.",
+            r"is a 'bert' model; supported types are idefics3, internvl, qwen2_5_vl, qwen2_vl, qwen3_vl, smolvlm\.",
         ),
         ("config.json", None, "Cannot read a model config from {}"),
         ("*.safetensors", None, "Cannot load weights from {}"),
@@ -242,5 +242,6 @@ def test_new_eos_begin_around_the_first_and_those_of_a_checkpoint_stay(tmp_path:
 
 
 def test_several_eos_take_their_room_from_images() -> None:
-    with pytest.raises(UsageError, match=r"160 visual tokens, more than the 0 .* of 16 has room for beside 16 <EOS>"):
+    message = r"160 visual tokens, more than the 0 .* of 16 has room for in addition to 16 <EOS>"
+    with pytest.raises(UsageError, match=message):
         load_processor("scene-captioner", max_length=16, max_pixels=128 * PIXELS_PER_TOKEN, vectors=16)

@@ -125,7 +125,7 @@ def test_a_mean_pooled_embedding_is_the_normalised_mean_over_all_tokens_without_
     assert np.abs(with_eos.encode_query(loaded) - expected).max() > 1e-2
 
 
-def test_exported_again_it_has_the_same_files_and_embeddings(
+def test_exporting_again_gives_the_same_files_and_embeddings(
     tiny_export: Path, model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The card names the folder, also if it is the working directory."""

@@ -219,7 +219,7 @@ def as_exported_before(model: SentenceTransformer, folder: Path) -> Path:
 
 
 @every_family
-def test_exports_of_before_and_those_that_sentence_transformers_saved_again_embed_the_same(
+def test_older_exports_and_those_saved_again_by_sentence_transformers_embed_the_same(
     tiny_export: Path, scene_rows: list[Row], tmp_path: Path
 ) -> None:
     model = SentenceTransformer(str(tiny_export), device="cpu")
@@ -239,7 +239,7 @@ def test_exports_of_before_and_those_that_sentence_transformers_saved_again_embe
         load_backbone(str(folder))
 
 
-def test_a_checkpoint_of_before_is_exported_as_any_other(checkpoint: Path, tiny_export: Path, tmp_path: Path) -> None:
+def test_an_older_checkpoint_is_exported_like_any_other(checkpoint: Path, tiny_export: Path, tmp_path: Path) -> None:
     old = Path(shutil.copytree(checkpoint, tmp_path / "old"))
     template = old / "chat_template.jinja"
     template.write_text(template.read_text().partition("{%- if not sep_token")[0])
@@ -249,6 +249,6 @@ def test_a_checkpoint_of_before_is_exported_as_any_other(checkpoint: Path, tiny_
     assert contents(export_model(old, tmp_path / "cocoa-qwen2vl")) == contents(tiny_export)
 
 
-def test_it_is_loaded_without_a_warning(tiny_export: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_an_export_loads_without_a_warning(tiny_export: Path, recwarn: pytest.WarningsRecorder) -> None:
     SentenceTransformer(str(tiny_export), device="cpu").encode("a red ring")
     assert [str(warning.message) for warning in recwarn if issubclass(warning.category, FutureWarning)] == []

@@ -162,7 +162,7 @@ def test_more_shapes_than_torch_compiles_for_end_the_run(
     assert torch._dynamo.config.fail_on_recompile_limit_hit
     monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", refused)
     batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:2]))
-    with pytest.raises(CocoaError, match=r"more shapes than torch compiles for, the last of 2 sequences .*=sdpa"):
+    with pytest.raises(CocoaError, match=r"more shapes than torch compiles for, the last being 2 sequences .*=sdpa"):
         BridgeModel(backbone.model).predict(batch)
 
 

@@ -25,7 +25,7 @@ def batch(tiny_backbone: Backbone, scene_rows: list[Row]) -> dict[str, Any]:
 @every_family
 @pytest.mark.parametrize("rows", [[0, 1, 2], [1]])
 @torch.no_grad()
-def test_a_model_computes_with_them_what_it_computes_alone(
+def test_a_model_computes_the_same_with_and_without_host_inputs(
     tiny_backbone: Backbone, batch: dict[str, Any], rows: list[int]
 ) -> None:
     model = tiny_backbone.model.eval()
@@ -58,7 +58,7 @@ def test_visual_tokens_that_are_not_those_of_the_images_are_refused(
     tiny_backbone: Backbone, batch: dict[str, Any]
 ) -> None:
     batch["mm_token_type_ids"][0] = 0
-    with pytest.raises(ValueError, match=r"has 4 visual tokens, but its images are of 12"):
+    with pytest.raises(ValueError, match=r"has 4 visual tokens, but its images have 12"):
         HostInputs(tiny_backbone.model.config)(batch)
 
 

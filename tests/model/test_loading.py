@@ -53,7 +53,7 @@ def test_weights_load_as_the_type_that_is_asked_for(tiny_backbone_path: Path) ->
             assert {str(weight.dtype).removeprefix("torch.") for weight in weights} == {dtype or "float32"}
     with pytest.raises(UsageError, match="dtype is 'int8'"):
         load_model(checkpoint, dtype="int8")
-    with pytest.raises(UsageError, match=r"--revision main is of a model on the hub, and .* is a folder"):
+    with pytest.raises(UsageError, match=r"--revision main needs a model on the hub, but .* is a folder"):
         load_model(checkpoint, revision="main")
 
 
@@ -79,7 +79,7 @@ def test_a_folder_that_is_no_model_is_refused_with_a_reason() -> None:
     with pytest.raises(CocoaError, match="cannot be loaded as a SentenceTransformer"):
         load_model("good")
     Path("words").mkdir()
-    with pytest.raises(CocoaError, match="words is no checkpoint"):
+    with pytest.raises(CocoaError, match="words is not a checkpoint"):
         check_model("words")
 
 

@@ -121,5 +121,5 @@ def test_several_eos_survive_saving_and_their_number_can_only_grow(tiny_backbone
     assert kept.tokenizer.convert_ids_to_tokens(ids[1:]) == ["<|eos_2|>", EOS]
     assert stock.tokenizer("a")["input_ids"] == ids, "without code of ours, too"
     assert len(more.tokenizer("a")["input_ids"]) == len(ids) + 2
-    with pytest.raises(UsageError, match="eos_tokens is 1, and the backbone has 2; give 2, or more to add some"):
+    with pytest.raises(UsageError, match="eos_tokens is 1, but the backbone has 2; give 2, or more to add some"):
         load_processor(str(tmp_path), vectors=1)

@@ -51,7 +51,7 @@ def test_snapshots_and_finished_stages_are_not_unfinished(stopped: Path) -> None
     refuse_unfinished(kept)
     write_run(stopped, {"stages": {"warmup": {"finished": True}}})
     refuse_unfinished(stopped / "warmup")
-    with pytest.raises(CocoaError, match="is no checkpoint: it needs"):
+    with pytest.raises(CocoaError, match="is not a checkpoint: it needs"):
         read_training(stopped / "warmup")
 
 
@@ -59,7 +59,7 @@ def test_a_folder_that_is_no_run_is_refused_with_the_run_that_it_is_part_of(stop
     part = stopped / "checkpoints" / "warmup"
     for folder, words in (
         (tmp_path / "nothing", "does not exist; name the --out of cocoa-embed train"),
-        (tmp_path, "is no training run: it has no run.json; name the --out of cocoa-embed train"),
+        (tmp_path, "is not a training run: it has no run.json; name the --out of cocoa-embed train"),
         (part, f"it is part of the run {stopped}"),
     ):
         with pytest.raises(UsageError, match=re.escape(words)):
@@ -68,7 +68,7 @@ def test_a_folder_that_is_no_run_is_refused_with_the_run_that_it_is_part_of(stop
 
 
 @pytest.mark.parametrize("text", ['{"status": "COMPLETED"}', "[1]", '{"version": 1}'])
-def test_another_programs_run_json_beside_a_model_is_none_of_ours(
+def test_another_programs_run_json_next_to_a_model_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -81,8 +81,8 @@ def test_another_programs_run_json_beside_a_model_is_none_of_ours(
     ("file", "text", "reason"),
     [
         (RUN_FILE, "{", "cannot be read"),
-        (RUN_FILE, '{"version": 2}', "has version 2, this cocoa-embed reads 1"),
-        (TRAINING_FILE, "[]", "is no JSON object"),
+        (RUN_FILE, '{"version": 2}', "has version 2, but this cocoa-embed reads 1"),
+        (TRAINING_FILE, "[]", "is not a JSON object"),
         (TRAINING_FILE, '{"stages": []}', "lacks one of"),
     ],
 )

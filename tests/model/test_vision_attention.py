@@ -68,7 +68,7 @@ def test_a_saved_model_and_copies_of_its_config_have_stock_attention(tiny_backbo
     assert {block.attn.config._attn_implementation for block in again.base_model.visual.blocks} == {"sdpa"}
 
 
-def test_without_packed_sequences_it_is_sdpa(calls: list[tuple[int, ...]]) -> None:
+def test_attention_without_packed_sequences_is_sdpa(calls: list[tuple[int, ...]]) -> None:
     query, key, value = torch.randn(3, 2, 4, 10, 8)
     mask = torch.rand(2, 1, 10, 10) > 0.2
     found, _ = packed_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3, cu_seqlens=None)

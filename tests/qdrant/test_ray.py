@@ -62,7 +62,7 @@ def test_devices_are_left_to_ray(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_actor_loses_and_doubles_no_part(model: Path, tmp_path: Path) -> None:
+def test_a_killed_actor_neither_loses_nor_duplicates_a_part(model: Path, tmp_path: Path) -> None:
     places: list[str | Path] = [tmp_path / "photos"]
     write_images(tmp_path / "photos", ["a", "b", "c"])
     for number in range(6):
@@ -90,7 +90,9 @@ def test_a_killed_actor_loses_and_doubles_no_part(model: Path, tmp_path: Path) -
     assert again == [EmbedSummary(out.place, skipped=1)] * 7
 
 
-def test_another_model_is_refused_also_if_all_is_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_model_is_refused_even_if_everything_is_embedded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_images(tmp_path / "photos", ["a"])
     out = EmbeddingFolder(str(tmp_path / "out"))
     planned = lambda: plan(all_sources([tmp_path / "photos"]), out)  # noqa: E731
@@ -112,7 +114,7 @@ def test_a_model_that_cannot_be_loaded_is_its_own_error(tmp_path: Path) -> None:
     assert not ray.is_initialized()
 
 
-def test_a_cluster_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+def test_a_cluster_that_is_not_there_is_reported_in_one_sentence(tmp_path: Path) -> None:
     write_images(tmp_path / "photos", ["a"])
     out = EmbeddingFolder(str(tmp_path / "out"))
     with pytest.raises(CocoaError, match="there is no Ray cluster at auto"):

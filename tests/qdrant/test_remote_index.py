@@ -41,7 +41,7 @@ def test_a_bucket_is_kept_up_to_date(indexer: QdrantIndexer) -> None:
     system.rm("/album", recursive=True)
 
 
-def test_unchanged_shards_are_not_opened_and_changed_ones_lose_what_they_lost(
+def test_unchanged_shards_are_not_opened_and_images_that_changed_ones_lost_are_pruned(
     indexer: QdrantIndexer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.tar").write_bytes(tar([(f"{n}.png", png(n)) for n in range(4)]))

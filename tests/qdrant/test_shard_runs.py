@@ -242,7 +242,7 @@ def test_a_shard_that_was_read_without_pruning_is_read_once_to_prune_it_though_i
     assert "/data/one.tar#3.bmp" not in world.paths
 
 
-def test_files_that_are_read_otherwise_than_before_are_read_once_and_not_embedded(
+def test_a_new_version_of_the_readers_reads_files_again_once_and_embeds_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "READER", run.READER + 1)
@@ -358,7 +358,7 @@ class TestFaults:
         assert len(list((tmp_path / "small").glob("*.jpg"))) == 9
 
 
-def test_thumbnails_and_fields_that_are_wanted_anew_reach_skipped_shards(world: World, tmp_path: Path) -> None:
+def test_newly_requested_thumbnails_and_fields_reach_skipped_shards(world: World, tmp_path: Path) -> None:
     assert world.run(thumbnails=ThumbnailFolder(tmp_path / "small")).unchanged == 10
     assert len(list((tmp_path / "small").glob("*.jpg"))) == 9
     assert world.run(thumbnails=ThumbnailFolder(tmp_path / "small"), llama_index=True).unchanged == 10
@@ -366,7 +366,7 @@ def test_thumbnails_and_fields_that_are_wanted_anew_reach_skipped_shards(world: 
     assert world.embedded == 0
 
 
-def test_a_manifest_that_fails_in_the_middle_of_its_work_costs_work_alone(
+def test_a_manifest_that_fails_midway_only_costs_work(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.manifest = Manifest(tmp_path / "manifest")

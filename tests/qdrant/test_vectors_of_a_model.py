@@ -81,29 +81,29 @@ def test_embeddings_in_files_are_those_that_indexing_stores(indexer: QdrantIndex
 def test_other_models_and_more_vectors_are_refused_with_the_way_out(indexer: QdrantIndexer, tmp_path: Path) -> None:
     client: Any = indexer.store._opened
     with pytest.raises(
-        UsageError, match=r"vectors is 8, and collection 'images' .* has 3 vectors a point; give 1 to 3"
+        UsageError, match=r"vectors is 8, but collection 'images' .* has 3 vectors per point; give 1 to 3"
     ):
         indexer.search(QUERY, vectors=8)
-    with pytest.raises(UsageError, match="vectors does not go together with diversity"):
+    with pytest.raises(UsageError, match="vectors and diversity cannot be combined"):
         indexer.search(QUERY, vectors=2, diversity=0.5)
     one = QdrantIndexer(FakeModel(), client=client)
-    with pytest.raises(CocoaError, match="has 3 vectors a point, and the model makes one vector; choose another"):
+    with pytest.raises(CocoaError, match="has 3 vectors per point, but the model makes one vector; choose another"):
         one.search(QUERY)
     other = QdrantIndexer(FakeModel(), client=client, collection="single")
     other.index(tmp_path / "colours", progress=False)
-    with pytest.raises(UsageError, match=r"has one vector a point; leave vectors out"):
+    with pytest.raises(UsageError, match=r"has one vector per point; leave vectors out"):
         other.search(QUERY, vectors=2)
     several = QdrantIndexer(SeveralVectors(), client=client, collection="single")
-    with pytest.raises(CocoaError, match=r"has one vector a point, .*, or the export of the model with --vectors 1"):
+    with pytest.raises(CocoaError, match=r"has one vector per point, .*, or the export of the model with --vectors 1"):
         several.index(tmp_path / "colours", progress=False)
     client.create_collection("foreign", vectors_config=models.VectorParams(size=48, distance=models.Distance.COSINE))
     foreign = QdrantIndexer(SeveralVectors(), client=client, collection="foreign")
-    with pytest.raises(CocoaError, match="has one vector a point, and the model makes 3 vectors; choose another"):
+    with pytest.raises(CocoaError, match="has one vector per point, but the model makes 3 vectors; choose another"):
         foreign.index(tmp_path / "colours", progress=False)
     of_one = QdrantIndexer(FakeModel(), client=client, collection="foreign")
     assert of_one.index(tmp_path / "colours", progress=False).indexed == 4, "it was not signed for the other model"
     both = QdrantIndexer(SeveralVectors(), client=client, collection="both", embed="both")
-    with pytest.raises(UsageError, match="--embed both keeps one vector of an image and one of its caption, and"):
+    with pytest.raises(UsageError, match="--embed both keeps one vector of an image and one of its caption, but"):
         both.index(tmp_path / "colours", progress=False)
 
 

@@ -16,7 +16,7 @@ def result(*, is_own: bool = True, data: str | None = "/held-out", **changes: An
 STAGES = run_record()["stages"]
 
 
-def test_a_run_goes_by_its_folder() -> None:
+def test_a_run_is_named_by_its_folder() -> None:
     assert content.title(run_record(), "runs/small") == "small"
     assert content.title(run_record(), "runs/other/") == "other (small)"
     assert content.subtitle(run_record()) == "Trained from a-backbone: warmup, bridge and contrastive, in 3 min 45 s."
@@ -33,7 +33,7 @@ def test_a_stage_without_an_end_or_samples_has_an_alert_and_samples_a_note_about
     assert "cocoa-embed train RECIPE --out runs/small --resume" in unfinished
     assert failed == "Stage contrastive could not make its samples: an image is gone."
     assert "has finished no stage yet" in content.subtitle(run_record(stages={"bridge": stages["bridge"]}))
-    held_out = "The stage was not trained on these rows; they are of the data of warmup."
+    held_out = "The stage was not trained on these rows; they come from the data of warmup."
     assert content.samples_note(STAGES["bridge"]) == held_out
     assert "trains on these rows" in content.samples_note(STAGES["warmup"])
 
@@ -50,7 +50,7 @@ def mmeb(mean: float | None) -> EvalResult:
         (result(), "The pairs are those of /held-out.", ["75.0% 40.0% to 80.0% · chance: 25.0% of 4"]),
         (result(other=pairs_document("alone")), "", ["75.0% 40.0% to 80.0% · alone: 75.0% · chance: 25.0% of 4"]),
         (result(data="/scenes"), "These are training data of warmup and bridge:", []),
-        (result(is_own=False), "not known to be of this run", []),
+        (result(is_own=False), "not known to come from this run", []),
         (mmeb(0.25), "", ["25.0% chance: 0.1% · 1 of 36 subsets"]),
         (mmeb(None), "", []),
     ],

@@ -136,7 +136,7 @@ def test_the_data_show_held_out_and_skipped_rows_and_long_texts_are_cut(full: st
     warmup, bridge, contrastive = (each.text for each in HtmlElements(text).find("div", "sources"))
     assert "warmup 1,200 rows 500 steps of 4 rows folder scenes fingerprint 0123456789ab" in warmup
     assert "40 rows skipped; bad_rows.jsonl lists all of them: row 1 (data): is broken" in warmup
-    assert "2 of them held out, with all rows that show their images" in bridge
+    assert "2 of them held out, and all rows that show their images left out" in bridge
     assert "held out" not in contrastive
     assert text.count("word") < 2 * SHOWN_TOKENS
     assert f"… {10_000 - SHOWN_TOKENS:,} more" in text

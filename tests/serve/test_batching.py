@@ -84,7 +84,7 @@ def test_an_input_that_the_model_refuses_spoils_no_other(batches: Batches) -> No
     works = [lambda each=each: encoder.embed_queries([each]) for each in items]
     red, error, blue = while_busy(batches, works, 3)
     assert isinstance(error, UsageError)
-    assert str(error) == "fake does not take the input (image features and image tokens do not match)"
+    assert str(error) == "fake does not accept the input (image features and image tokens do not match)"
     np.testing.assert_array_equal(np.concatenate([red, blue]), Encoder(FakeModel()).embed_queries([items[0], items[2]]))
 
 
@@ -118,12 +118,12 @@ def test_a_long_request_lets_others_pass(batches: Batches) -> None:
     assert done == ["short", "long"]
 
 
-def test_who_waits_too_long_or_for_a_closed_queue_is_told_so() -> None:
+def test_waiting_too_long_or_for_a_closed_queue_is_an_error() -> None:
     model = Gate()
     batches = Batches(Encoder(model, "fake"), seconds=0.2)
     encoder = BatchingEncoder(batches)
     for _ in range(2):
-        with pytest.raises(BusyError, match=r"no time for this within 0\.2 seconds"):
+        with pytest.raises(BusyError, match=r"did not finish within 0\.2 seconds"):
             encoder.embed_queries([{"text": "red"}])
     model.opened.set()
     batches.close()
@@ -132,11 +132,11 @@ def test_who_waits_too_long_or_for_a_closed_queue_is_told_so() -> None:
         encoder.embed_queries([{"text": "red"}])
 
 
-def test_pictures_wait_for_room_and_give_it_back() -> None:
+def test_pictures_wait_for_memory_and_release_it() -> None:
     budget = PixelBudget(100, seconds=0.1)
     for _ in range(2):
         with budget.hold(60), budget.hold(40):
-            with pytest.raises(BusyError, match="took all the room"), budget.hold(1):
+            with pytest.raises(BusyError, match="left no memory for this one"), budget.hold(1):
                 pass
         with pytest.raises(ZeroDivisionError), budget.hold(10**9):
             raise ZeroDivisionError

@@ -139,9 +139,9 @@ def test_a_picture_of_a_size_that_the_model_refuses_is_named(index: dict[str, An
     colour_image("red", (2001, 10)).save(colours / "long.png")
     with served(index, model=CountedModel()) as client:
         refused = client.post("/v1/embeddings", json={"input": ["red"] * 40 + [{"image": uri(colours / "long.png")}]})
-        assert message(refused) == "422 input 40: is not taken by the model (too long)"
+        assert message(refused) == "422 input 40: is not accepted by the model (too long)"
         refused = client.post("/search", files={"image": ("long.png", (colours / "long.png").read_bytes())})
-        assert message(refused) == "422 long.png: is not taken by the model (too long)"
+        assert message(refused) == "422 long.png: is not accepted by the model (too long)"
 
 
 FAULTS: list[tuple[dict[str, Any], str]] = [
@@ -149,8 +149,8 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"input": []}, "400 input has 0 items; give 1 to 2048"),
     ({"input": ["a"] * 2049}, "400 input has 2049 items"),
     ({"input": ""}, "400 neither a text nor an image was given"),
-    ({"input": [1, 2, 3]}, "400 input has numbers of tokens; give texts (in LangChain"),
-    ({"input": [[1, 2, 3]]}, "400 input has numbers of tokens"),
+    ({"input": [1, 2, 3]}, "400 input holds token ids; give texts (in LangChain"),
+    ({"input": [[1, 2, 3]]}, "400 input holds token ids"),
     ({"input": None}, "400 an input is a text, or an object"),
     ({"input": {"picture": "x"}}, "400 an input is a text, or an object"),
     ({"input": {"text": 3}}, "400 text and image of an input are strings"),
@@ -160,10 +160,13 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"input": "red", "dimensions": 49}, "400 fake has embeddings of 48 dimensions, not of 49"),
     ({"input": "red", "dimensions": 0}, "400 dimensions: "),
     ({"input": "red", "encoding_format": "int8"}, "400 encoding_format: "),
-    ({"input": "red", "model": "text-embedding-3-small"}, "404 there is no model 'text-embedding-3-small' here; it is"),
+    (
+        {"input": "red", "model": "text-embedding-3-small"},
+        "404 there is no model 'text-embedding-3-small' here; the only one is",
+    ),
 ]
 
 
-def test_what_is_wrong_with_a_request_is_said(api: TestClient) -> None:
+def test_an_invalid_request_is_explained(api: TestClient) -> None:
     for body, words in FAULTS:
         assert message(api.post("/v1/embeddings", json=body)).startswith(words), words

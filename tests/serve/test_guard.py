@@ -79,7 +79,7 @@ class SlowModel(FakeModel):
         return super().encode_query(inputs, batch_size, show_progress_bar)
 
 
-def test_one_request_too_many_is_told_when_to_come_back(index: dict[str, Any]) -> None:
+def test_one_request_too_many_gets_a_retry_after(index: dict[str, Any]) -> None:
     model = SlowModel()
     answers = []
     with served(index, model=model, waiting=2) as client:
@@ -114,7 +114,7 @@ class TiringModel(FakeModel):
         return super().encode_query(inputs, batch_size, show_progress_bar)
 
 
-def test_what_nobody_waits_for_any_more_is_not_embedded_to_its_end(index: dict[str, Any]) -> None:
+def test_a_request_that_has_timed_out_is_not_embedded_to_its_end(index: dict[str, Any]) -> None:
     model = TiringModel()
     with served(index, model=model, seconds=0.5) as client:
         assert message(client.post("/v1/embeddings", json={"input": ["red"] * 2048})).startswith("503 ")
@@ -127,7 +127,7 @@ def test_what_nobody_waits_for_any_more_is_not_embedded_to_its_end(index: dict[s
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com", ""])
-def test_what_others_can_reach_needs_a_key(host: str) -> None:
+def test_an_address_that_others_can_reach_needs_a_key(host: str) -> None:
     with pytest.raises(UsageError, match="can be reached from other machines; give --api-key"):
         check_address(host, None)
     check_address(host, KEY)
@@ -141,7 +141,7 @@ def test_loopback_needs_no_key_and_a_key_fits_in_a_header() -> None:
             check_address("127.0.0.1", key)
 
 
-def test_an_answer_is_for_the_servers_own_page_alone(index: dict[str, Any]) -> None:
+def test_other_sites_cannot_read_a_response(index: dict[str, Any]) -> None:
     with served(index) as client:
         headers = client.get("/info", headers={"Origin": "https://evil.example.com"}).headers
     assert headers["cross-origin-resource-policy"] == "same-origin"
@@ -158,7 +158,7 @@ def test_a_port_that_is_taken_is_named() -> None:
     taken = bind("127.0.0.1", 0)
     taken.listen()
     port = taken.getsockname()[1]
-    with taken, pytest.raises(Exception, match=f"127.0.0.1 port {port} cannot be listened at .*; give another --port"):
+    with taken, pytest.raises(Exception, match=f"cannot listen on 127.0.0.1 port {port} .*; give another --port"):
         bind("127.0.0.1", port)
 
 

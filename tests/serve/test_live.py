@@ -48,7 +48,7 @@ def test_a_hundred_concurrent_searches_get_what_each_would_get_alone(index: dict
         assert [hit["score"] for hit in hits] == pytest.approx([hit["score"] for hit in alone[texts[number % 4]]])
 
 
-def test_searches_go_on_while_another_process_adds_to_a_server_collection(colours: Path, tmp_path: Path) -> None:
+def test_searches_continue_while_another_process_adds_to_a_server_collection(colours: Path, tmp_path: Path) -> None:
     with fake_server() as qdrant:
         storage = {"url": qdrant.url}
         index_files(storage, colours)
@@ -134,7 +134,7 @@ def test_search_asks_a_server_as_it_would_an_index(
 
 def test_a_client_names_what_is_wrong_with_the_address_and_sends_the_key(index: dict[str, Any]) -> None:
     with fake_server() as other:
-        foreign = {"match": r"is no server of cocoa-embed \(it answers with status"}
+        foreign = {"match": r"is not a server of cocoa-embed \(it answers with status"}
         with pytest.raises(CocoaError, **foreign):
             post_search(other.url, {})
         for answer in (b"{}", b'{"hits": {}}', b"[]", b"<html>"):
@@ -153,7 +153,7 @@ def test_a_client_names_what_is_wrong_with_the_address_and_sends_the_key(index: 
         "http://localhost:x",
         "http://[::1",
     ):
-        with pytest.raises(UsageError, match="is no address of a server"):
+        with pytest.raises(UsageError, match="is not the address of a server"):
             post_search(address, {})
 
 
@@ -176,7 +176,7 @@ def test_the_model_is_the_one_that_made_the_collection(
     )
     with (
         QdrantIndexer(None, **index) as indexer,
-        pytest.raises(CocoaError, match="was made with fake, which is not found"),
+        pytest.raises(CocoaError, match="was made with fake, which cannot be found"),
     ):
         model_of(indexer.store)
     (tmp_path / "fake").mkdir()

@@ -114,7 +114,7 @@ NO_IDS = ["..%2f..%2fetc%2fpasswd", "../../etc/passwd", "%2e%2e/%2e%2e/etc/passw
 NO_IDS += ["x" * 9999, "1" * 99, "00000000-0000-0000-0000-000000000000", "12", "{id}"]
 
 
-def test_what_is_no_id_of_a_point_is_not_found(api: TestClient) -> None:
+def test_an_id_that_no_point_has_is_not_found(api: TestClient) -> None:
     for name in NO_IDS:
         for address in (f"/image/{name}", f"/thumbnail/{name}", f"/{name}"):
             assert message(api.get(address)).startswith("404 "), address
@@ -163,7 +163,7 @@ def test_pictures_inside_of_files_are_served(storage: dict[str, Any], tmp_path: 
         (folder / "a.tar").write_bytes(tar([("x/other.png", files["blue"])]))
         (folder / "d.pdf").write_bytes(SECRET)
         gone = message(client.get(f"/image/{by_name['a.tar#x/red.png']}"))
-        assert gone.endswith("a.tar#x/red.png: is no image in the archive")
+        assert gone.endswith("a.tar#x/red.png: is not an image in the archive")
         assert message(client.get(f"/image/{by_name['d.pdf#page=2']}")).startswith("404 ")
 
 

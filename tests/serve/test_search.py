@@ -65,7 +65,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"json": {"text": "red", "filters": ["width>>9"]}}, "400 'width>>9' is not a filter"),
     ({"json": {"text": "red", "filters": ["widht>9"]}}, "400 nothing was found: no image in"),
     ({"json": {"like": "00000000-0000-0000-0000-000000000000"}}, "404 collection 'images' in"),
-    ({"json": {"image": "/etc/hostname"}}, "400 the image is neither a file of a form nor a data: URI"),
+    ({"json": {"image": "/etc/hostname"}}, "400 the image is neither an uploaded file nor a data: URI"),
     ({"json": {"image": "http://127.0.0.1/a.png"}}, "400 the image is neither"),
     ({"json": {"image": "data:image/png;base64,A?AA"}}, "422 data: URI of 26 characters: is not valid base64"),
     ({"json": {"image": "data:image/png;base64,AAAA"}}, f"422 data: URI of 26 characters: {PICTURE}"),
@@ -86,7 +86,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_what_is_wrong_with_a_request_is_said_as_json(api: TestClient) -> None:
+def test_an_invalid_request_is_explained_as_json(api: TestClient) -> None:
     for asked, words in FAULTS:
         assert message(api.post("/search", **asked)).startswith(words), words
 
@@ -94,7 +94,7 @@ def test_what_is_wrong_with_a_request_is_said_as_json(api: TestClient) -> None:
 def test_a_picture_that_the_model_refuses_is_the_fault_of_the_request(api: TestClient, tmp_path: Path) -> None:
     colour_image("red", (2000, 4)).save(tmp_path / "long.png")
     answer = message(api.post("/search", json={"image": uri(tmp_path / "long.png")}))
-    assert answer == "400 fake does not take the input (absolute aspect ratio must be smaller than 200)"
+    assert answer == "400 fake does not accept the input (absolute aspect ratio must be smaller than 200)"
 
 
 def test_info_describes_the_collection_and_its_facets(api: TestClient) -> None:

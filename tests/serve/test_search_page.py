@@ -207,7 +207,7 @@ def test_captions_paths_and_values_are_shown_as_they_are(tmp_path: Path) -> None
 
 
 @needs_chromium
-def test_what_fails_says_so_and_what_is_missing_too(tmp_path: Path, picture: Path) -> None:
+def test_failures_and_empty_results_are_explained(tmp_path: Path, picture: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "notes.txt").write_text("no picture")
     with opened(tmp_path, []) as page:

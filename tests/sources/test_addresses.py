@@ -44,7 +44,7 @@ def test_a_list_of_addresses_is_read_line_by_line(tmp_path: Path) -> None:
     assert found.faults[1] == f"{tmp_path / 'list.txt'}#6: has 'a.png' instead of an address"
 
 
-def test_a_list_leads_neither_to_this_machine_nor_around_the_allowed_hosts(
+def test_a_list_reaches_neither_this_machine_nor_hosts_that_are_not_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x.png").write_bytes(png(1))
@@ -55,7 +55,7 @@ def test_a_list_leads_neither_to_this_machine_nor_around_the_allowed_hosts(
     write_table(tmp_path / "rows.csv", [{"url": address} for address in (*local, *hosts, *inside)])
     found = read_uncovered(tmp_path / "rows.csv")
     assert found.contents == {}
-    assert [fault.partition(": is ")[2][:12] for fault in found.faults] == ["read from no"] * 8 + ["an address i"] * 2
+    assert [fault.partition(": ")[2][:14] for fault in found.faults] == ["cannot be read"] * 8 + ["is an address "] * 2
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet"])

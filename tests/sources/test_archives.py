@@ -40,7 +40,9 @@ def test_the_files_of_a_sample_describe_its_image(tmp_path: Path, name: str, mod
 
 
 @pytest.mark.parametrize("name", ["00000.tar", "00000.TAR"])
-def test_what_img2dataset_writes_beside_an_archive_describes_it_and_is_no_table(tmp_path: Path, name: str) -> None:
+def test_the_table_that_img2dataset_writes_next_to_an_archive_describes_it_and_is_not_read_alone(
+    tmp_path: Path, name: str
+) -> None:
     (tmp_path / name).write_bytes(tar([("000000001.jpg", png(1)), ("000000002.jpg", png(2))]))
     rows = [{"key": f"00000000{number}", "caption": f"caption {number}", "url": "u"} for number in (1, 2, 3)]
     (tmp_path / "00000.parquet").write_bytes(parquet_file(rows))
@@ -50,7 +52,7 @@ def test_what_img2dataset_writes_beside_an_archive_describes_it_and_is_no_table(
     assert found.metadata[f"{name}#000000002.jpg"] == {"key": "000000002", "url": "u", "text": "caption 2"}
 
 
-def test_an_archive_that_breaks_off_is_named_after_its_good_images(tmp_path: Path) -> None:
+def test_a_truncated_archive_is_reported_after_its_good_images(tmp_path: Path) -> None:
     whole = tar([(f"{number}.png", png(number)) for number in range(4)])
     step = 512
     for length in range(0, 4 * 2 * step + step, step // 2):  # inside of headers, of contents, and between
@@ -67,7 +69,7 @@ def test_an_archive_that_breaks_off_is_named_after_its_good_images(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
-def test_a_compressed_archive_that_breaks_off_is_named(tmp_path: Path, kept: float) -> None:
+def test_a_truncated_compressed_archive_is_reported(tmp_path: Path, kept: float) -> None:
     whole = tar([(f"{number}.bmp", bytes(range(256)) * number) for number in range(1, 40)], "w:gz")
     (tmp_path / "a.tar.gz").write_bytes(whole[: int(len(whole) * kept)])
     found = read(tmp_path / "a.tar.gz")
@@ -192,7 +194,7 @@ def test_a_table_beside_an_archive_that_is_not_there_does_not_matter(tmp_path: P
         assert [*found.metadata] == ["0.tar#1.png"]
 
 
-def test_an_archive_that_is_whole_is_known_to_describe_an_image_no_more(tmp_path: Path) -> None:
+def test_an_archive_counts_as_checked_only_up_to_where_it_is_whole(tmp_path: Path) -> None:
     whole = tar([("1.png", png(1)), ("2.png", png(2)), ("2.txt", b"two")])
     for content, expected in (whole, [True, True]), (whole[: len(png(2)) + 2048], [True, False]):
         (tmp_path / "a.tar").write_bytes(content)
@@ -203,7 +205,7 @@ def test_an_archive_that_is_whole_is_known_to_describe_an_image_no_more(tmp_path
         assert [record.checked_sources == {str(tmp_path / "a.tar")} for record in records] == expected
 
 
-def test_what_has_the_name_of_an_image_before_it_and_a_link_are_passed_over_and_counted(tmp_path: Path) -> None:
+def test_repeated_names_and_links_are_passed_over_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(tar([("x.png", png(1)), ("x.png", png(2)), ("y.png", png(3))]))
     with tarfile.open(tmp_path / "a.tar", "a") as archive:
         for name, kind in (("hard.png", tarfile.LNKTYPE), ("symbolic.png", tarfile.SYMTYPE), ("link", tarfile.SYMTYPE)):

@@ -66,7 +66,7 @@ def test_a_value_of_more_levels_than_qdrant_reads_is_null(tmp_path: Path, wrap: 
     assert described(tmp_path, "a.png")[0].metadata == json_values(values) == expected
 
 
-def test_faults_are_told_once_and_the_other_rows_count(tmp_path: Path) -> None:
+def test_faults_are_reported_once_and_the_other_rows_count(tmp_path: Path) -> None:
     write_images(tmp_path, "ab")
     write_table(tmp_path / "metadata.csv", [{"path": "gone.png", "text": "x"}, {"path": "a.png", "text": "a ring"}])
     (tmp_path / "b.txt").write_bytes(b"Fu\xdf")
@@ -102,7 +102,7 @@ def test_the_metadata_of_a_large_folder_are_not_in_memory(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_a_text_that_is_null_or_blank_is_none(tmp_path: Path, kind: str) -> None:
+def test_a_null_or_blank_text_does_not_count(tmp_path: Path, kind: str) -> None:
     write_images(tmp_path, "abcd")
     blank = " " if kind == "jsonl" else None
     rows = [

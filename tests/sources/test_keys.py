@@ -97,32 +97,32 @@ def test_every_key_of_every_kind_gives_the_bytes_that_were_indexed(places: dict[
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("a.tar#none.png", "a.tar#none.png: is no image in the archive"),
-        ("has#sign.zip#none.png", "none.png: is no image in the archive"),
-        ("rows.parquet#200:a", "#200:a: is no image in the table"),
-        ("rows.parquet#3", "#3: is no image in the table"),
-        ("rows.parquet#2:b", "#2:b: is no image in the table"),
-        ("one.parquet#1", "#1: is no image in the table"),
-        ("rows.file.arrow#900:a", "is no image in the table"),
-        ("rows.parquet#x", "is no image in the table"),
-        ("report.pdf#page=4", "report.pdf#page=4: is no page; the document has page=1 to page=3"),
-        ("report.pdf#3", "is no page"),
-        ("clip.mp4#t=0.05", "clip.mp4#t=0.05: is no frame of the video"),
-        ("clip.mp4#t=99.0", "is no frame of the video"),
-        ("clip.mp4#12", "is no frame of the video"),
+        ("a.tar#none.png", "a.tar#none.png: is not an image in the archive"),
+        ("has#sign.zip#none.png", "none.png: is not an image in the archive"),
+        ("rows.parquet#200:a", "#200:a: is not an image in the table"),
+        ("rows.parquet#3", "#3: is not an image in the table"),
+        ("rows.parquet#2:b", "#2:b: is not an image in the table"),
+        ("one.parquet#1", "#1: is not an image in the table"),
+        ("rows.file.arrow#900:a", "is not an image in the table"),
+        ("rows.parquet#x", "is not an image in the table"),
+        ("report.pdf#page=4", "report.pdf#page=4: is not a page; the document has page=1 to page=3"),
+        ("report.pdf#3", "is not a page"),
+        ("clip.mp4#t=0.05", "clip.mp4#t=0.05: is not a frame of the video"),
+        ("clip.mp4#t=99.0", "is not a frame of the video"),
+        ("clip.mp4#12", "is not a frame of the video"),
         ("a.tar", "is not an image that can be read"),
         ("gone.tar#1.png", "gone.tar"),
         ("gone.png", "does not exist"),
     ],
 )
-def test_what_is_not_there_is_a_sentence(places: dict[str, str], key: str, reason: str) -> None:
+def test_what_is_not_there_is_reported_in_one_sentence(places: dict[str, str], key: str, reason: str) -> None:
     root = places["a.tar"].removesuffix("a.tar")
     with pytest.raises(ImageError, match="does not exist" if key.startswith("gone") else None) as raised:
         load_key(root + key)
     assert reason in str(raised.value)
 
 
-def test_broken_files_are_a_sentence(tmp_path: Path) -> None:
+def test_broken_files_are_reported_in_one_sentence(tmp_path: Path) -> None:
     for name in ("a.tar#x.png", "a.zip#x.png", "a.parquet#1", "a.arrow#1", "a.pdf#page=1", "a.mp4#t=0.0"):
         (tmp_path / name.partition("#")[0]).write_bytes(b"broken" * 200)
         with pytest.raises(ImageError, match=r"cannot be read \(.+\)"):
@@ -183,7 +183,7 @@ def test_the_web_is_asked_through_the_fetcher_alone(monkeypatch: pytest.MonkeyPa
         with pytest.raises(ImageError, match="is not among the allowed hosts"):
             read_key(key)
     for key in ("simplecache::http://127.0.0.1/a.png", "zip://x.png::http://127.0.0.1/a.zip"):
-        with pytest.raises(ImageError, match="is an address inside of another one"):
+        with pytest.raises(ImageError, match="is an address inside another one"):
             read_key(key)
     fetched = Mock()
     fetched.return_value.fetch = lambda address: {"a.tar": tar([("x.png", png(7))]), "b.png": png(8)}[address[-5:]]

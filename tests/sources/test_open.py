@@ -35,7 +35,7 @@ def test_a_folder_with_a_photograph_gives_photographs_and_what_is_included(folde
     assert [*read(folder).contents] == ["in/photo.png"]
     assert [*read(folder, include=frozenset({"pdf"})).contents] == ["in/photo.png", "in/c.PDF#page=1"]
     assert [*read(folder / "in" / "a.tar").contents] == ["a.tar#x.png"]
-    with pytest.raises(UsageError, match=r"--include pdfs is no kind of file \(did you mean 'pdf'"):
+    with pytest.raises(UsageError, match=r"--include pdfs is not a kind of file \(did you mean 'pdf'"):
         read(folder, include=frozenset({"pdfs"}))
 
 
@@ -91,7 +91,7 @@ def test_photographs_are_left_to_the_local_files(folder: Path) -> None:
         all_sources(["", *places])
 
 
-def test_a_part_of_a_pattern_that_exists_is_no_pattern(tmp_path: Path) -> None:
+def test_a_part_of_a_pattern_that_exists_is_taken_literally(tmp_path: Path) -> None:
     (tmp_path / "s[1]").mkdir()
     (tmp_path / "s[1]" / "a.tar").write_bytes(tar([("x.png", png(1))]))
     (tmp_path / "s[1]" / "b.png").write_bytes(png(2))

@@ -88,7 +88,7 @@ def test_the_metadata_of_a_folder_describe_its_images(
         assert f"{name}#0 has no file_name" in caplog.text
 
 
-def test_metadata_that_are_read_whole_are_known_to_describe_an_image_no_more(root: str) -> None:
+def test_a_metadata_file_counts_as_checked_only_if_all_of_it_is_read(root: str) -> None:
     system, path = fsspec.core.url_to_fs(f"{root}/photos")
     for row, is_checked in (b'{"file_name": "a.png", "text": "a"}', True), (b'{"file_name": "x"}', True), (b"{", False):
         system.pipe(f"{path}/metadata.jsonl", row)
@@ -167,13 +167,13 @@ def test_a_file_that_cannot_be_read_is_named(root: str) -> None:
     system.pipe(path, b"")
 
 
-def test_an_unknown_file_system_is_a_sentence() -> None:
+def test_an_unknown_file_system_is_reported_in_one_sentence() -> None:
     for address in ("nonsense://bucket/a", "s3://"):
         with pytest.raises(CocoaError, match=address):
             all_sources([address])
 
 
-def test_a_bucket_that_is_not_there_is_a_sentence(s3: None) -> None:
+def test_a_bucket_that_is_not_there_is_reported_in_one_sentence(s3: None) -> None:
     with pytest.raises(CocoaError, match="s3://none/photos"):
         all_sources(["s3://none/photos"])
 
@@ -186,7 +186,7 @@ def test_the_time_of_a_change_is_read_as_file_systems_write_it(info: dict[str, o
     assert mtime_of(info) == seconds
 
 
-def test_a_remote_source_that_is_left_leaves_no_thread(root: str, tmp_path: Path) -> None:
+def test_an_abandoned_remote_source_leaves_no_thread(root: str, tmp_path: Path) -> None:
     import threading
 
     (tmp_path / "a.tar").write_bytes(tar([(f"{number}.png", png(number)) for number in range(200)]))

@@ -1,4 +1,4 @@
-"""A video gives a frame every so many seconds, upright, and says where it breaks off."""
+"""A video gives a frame every so many seconds, upright, and says where it is cut off."""
 
 import io
 import struct
@@ -71,7 +71,7 @@ def test_a_file_without_a_video_is_refused(tmp_path: Path) -> None:
     assert read(tmp_path / "song.mp4").faults == [f"{tmp_path / 'song.mp4'}: has no video (it has audio)"]
 
 
-def test_a_video_that_breaks_off_is_named_after_its_good_frames(tmp_path: Path) -> None:
+def test_a_truncated_video_is_reported_after_its_good_frames(tmp_path: Path) -> None:
     whole = video(range(200), suffix="matroska")
     (tmp_path / "clip.mkv").write_bytes(whole)
     assert len(read(tmp_path / "clip.mkv", every=1.0).contents) == 20

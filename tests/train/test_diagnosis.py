@@ -114,7 +114,7 @@ def test_without_a_head_the_geometry_is_measured_alone(
     assert command(trained.out / "contrastive") == 0
     assert "not measured: the checkpoint has no language-model head" in capsys.readouterr().err
     exported = export_model(trained.out / "contrastive", tmp_path / "model")
-    with pytest.raises(CocoaError, match=r"is in no training run.*give --data FOLDER"):
+    with pytest.raises(CocoaError, match=r"does not belong to a training run.*give --data FOLDER"):
         diagnose(exported)
     same = (diagnose(each, data=scene_folder, rows=4, device="cpu") for each in (exported, trained.out / "contrastive"))
     assert next(same).geometry == pytest.approx(next(same).geometry, rel=1e-4)
@@ -158,14 +158,14 @@ def test_unusable_devices_folders_and_data_are_refused(trained: Run, tmp_path: P
     bridge = trained.out / "bridge"
     with pytest.raises(UsageError, match="--device nonsense cannot be used"):
         diagnose(bridge, device="nonsense")
-    with pytest.raises(UsageError, match="--rows is 1; two are needed"):
+    with pytest.raises(UsageError, match="--rows is 1; at least two are needed"):
         diagnose(bridge, rows=1)
     for folder in (tmp_path / "nowhere", trained.out):
-        with pytest.raises(CocoaError, match="is no checkpoint"):
+        with pytest.raises(CocoaError, match="is not a checkpoint"):
             diagnose(folder)
     write_images(tmp_path, "a")
     write_table(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "a square"}] * 2)
-    with pytest.raises(CocoaError, match="has one image; two are needed"):
+    with pytest.raises(CocoaError, match="has one image; at least two are needed"):
         diagnose(bridge, data=tmp_path)
 
 

@@ -62,7 +62,7 @@ def test_a_recipe_takes_the_rest_from_the_method(recipe_file: Path) -> None:
         ),
         ("bridge={steps: 1}", "key 'bridge.batch_size' is missing"),
         ("bridge.steps=0", "bridge.steps = 0: input should be greater than 0"),
-        ("bridge.min_steps=9", "bridge: min_steps belongs to epochs; leave it out beside steps"),
+        ("bridge.min_steps=9", "bridge: min_steps goes with epochs; leave it out when steps is given"),
         ("bridge={steps: 1, epochs: 1, batch_size: 1}", "bridge: give either steps or epochs"),
         ("bridge.steps=2.5", "bridge.steps = 2.5: input should be a valid integer"),
         ("contrastive.mini_batch_tokens=0", "contrastive.mini_batch_tokens = 0: input should be greater than 0"),
@@ -158,7 +158,7 @@ def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path: Path, content
     path.write_bytes(content)
     with pytest.raises(UsageError) as caught:
         Recipe.load(path)
-    message = " is not valid YAML: " if b"name" in content else " holds no recipe; expected keys such as name"
+    message = " is not valid YAML: " if b"name" in content else " is not a recipe; expected keys such as name"
     assert str(caught.value).startswith(f"{path}{message}")
     assert "\n" not in str(caught.value)
 

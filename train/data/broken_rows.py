@@ -1,4 +1,4 @@
-"""Rows whose images prove broken when they are decoded in training: they stop it, or the next row replaces them."""
+"""Handle rows whose images turn out broken when training decodes them: stop, or use the next row instead."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -9,17 +9,17 @@ from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.train.data.rows import Example, load_row_image
 
-REMEDY = "Repair it, or leave such rows out by data.on_bad_row=skip."
+REMEDY = "Repair it, or leave such rows out with data.on_bad_row=skip."
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ReplaceBroken:
-    """A collator that replaces broken examples by usable ones, or stops at them.
+    """A collator that replaces broken examples with usable ones, or stops at them.
 
     :param collate: The collator; it raises ``ImageError``.
-    :param next_of: Returns the example to use in the place of another one.
+    :param next_of: Returns the example to try in place of a broken one.
     :param on_bad_row: ``stop`` or ``skip``, as in ``DataSettings``.
     :param rows: The number of rows, and so of attempts to find a usable one.
     """
@@ -32,7 +32,7 @@ class ReplaceBroken:
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
         """Collate examples.
 
-        :raises CocoaError: If one is broken, and ``on_bad_row`` is ``stop`` or there is no usable one.
+        :raises CocoaError: If one is broken, and ``on_bad_row`` is ``stop`` or no row is usable.
         """
         try:
             return self.collate(examples)
@@ -48,7 +48,7 @@ class ReplaceBroken:
                 return example
             logger.warning("%s: %s The next row replaces it.", row.source, fault)
             example = self.next_of(example)
-        raise CocoaError("The images of all rows are broken.")
+        raise CocoaError("The images of all rows are broken; repair them, or train on other data.")
 
 
 def unbroken(rows: Iterable[Row], on_bad_row: str) -> list[Row]:
@@ -68,7 +68,7 @@ def unbroken(rows: Iterable[Row], on_bad_row: str) -> list[Row]:
 
 
 def _fault(row: Row) -> str | None:
-    """Return a sentence about the first image that cannot be decoded."""
+    """Return a sentence about the first image of a row that cannot be decoded, if any."""
     try:
         for image in row.images():
             load_row_image(image)

@@ -20,15 +20,15 @@ def rows_folder() -> Path:
 
 
 def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file or folder at a path beside ``path``, then put it in the place of ``path``.
+    """Have ``write`` create a file or folder next to ``path``, then rename it to ``path``.
 
-    :raises OSError: If it cannot be written; then nothing is left of it.
+    :raises OSError: If it cannot be written; then no part of it is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         write(scratch / path.name)
-        if path.is_dir():  # which another process may be about to open: it is gone for an instant only
+        if path.is_dir():  # another process may be about to open it, so it is missing only for an instant
             os.replace(path, scratch / "earlier")
         os.replace(scratch / path.name, path)
     finally:

@@ -35,7 +35,7 @@ def read_captions(
     instructions: Mapping[Side, str] | None = None,
     must_exist: bool = True,
 ) -> Iterator[tuple[int, Row | RowError]]:
-    """Yield the rows of an image folder (the image is the query, its caption the positive), or images' errors.
+    """Yield the rows of an image folder (the image is the query, its caption the positive), or errors of bad images.
 
     Each comes with the number of its image in the file, from 0.
 

@@ -1,4 +1,4 @@
-"""Checks the images of rows before training, and keeps what it has found in a cache, by path, size and date."""
+"""Check the images of rows before training, and cache the results by path, size and modification time."""
 
 import os
 import stat
@@ -26,13 +26,13 @@ CACHE_FILE = "images-1.npy"
 """The number is the version of ``RECORD`` and of the check."""
 
 RECORD = np.dtype([("id", "<i8"), ("bytes", "<i8"), ("changed", "<i8"), ("width", "<i4"), ("height", "<i4")])
-"""What is known of a usable image: its ``image_id``, its file's size and date (ns), its own size."""
+"""A usable image: its ``image_id``, the size and the modification time (ns) of its file, its width and height."""
 
 SAMPLE = 1000
-"""Images that a check of a sample reads."""
+"""The number of images in a sample."""
 
 THREADS = 8
-"""Images that are read at once, at least."""
+"""The fewest images that are read at once."""
 
 IMAGES_AT_ONCE = 64
 IMAGES_IN_MEMORY = 4096
@@ -43,7 +43,7 @@ HEAD_BYTES, TAIL_BYTES = 2**16, 64
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """The sizes of checked images, 16 bytes each; the size of another one is read from its file.
+    """The sizes of checked images, 16 bytes each; the size of any other image is read from its file.
 
     :param ids: Their ``image_id``, sorted, int64 ``[images]``.
     :param sizes: Width and height, int32 ``[images, 2]``.
@@ -77,7 +77,7 @@ class CheckedImages(NamedTuple):
 
 
 class ImageCheck:
-    """Checks images that are not in the cache or have changed since, each of them once."""
+    """Checks images that are not in the cache or have changed since then, each of them once."""
 
     def __init__(self) -> None:
         self.known = np.zeros(0, RECORD)
@@ -91,7 +91,7 @@ class ImageCheck:
             self.known = found
 
     def __call__(self, rows: RowTable, *, workers: int = 0, sample: int | None = None) -> CheckedImages:
-        """Check each distinct image of some rows, under a progress bar on standard error.
+        """Check each distinct image of some rows, with a progress bar on standard error.
 
         :param workers: Images to read at once, if more than ``THREADS``.
         :param sample: Draw ``SAMPLE`` images by this seed and check no others; by default, check all.
@@ -111,7 +111,7 @@ class ImageCheck:
                 else:
                     records[usable] = (number, *checked)
                     usable += 1
-        finally:  # an interrupted check is not lost
+        finally:  # keeps what an interrupted check has found
             self._add(records[:usable])
         self.checked = np.union1d(self.checked, new)
         bad = np.intersect1d(ids, np.array(list(self.faults), dtype=np.int64))
@@ -145,7 +145,7 @@ class ImageCheck:
             return error.reason
 
     def _add(self, records: np.ndarray) -> None:
-        """Add records to the cache, in the place of earlier ones of the same images."""
+        """Add records to the cache; they replace earlier records of the same images."""
         earlier = self.known[~np.isin(self.known["id"], records["id"])]
         merged = np.sort(np.concatenate([earlier, records]), order="id")
         if np.array_equal(merged, self.known):
@@ -162,7 +162,7 @@ _Checked: TypeAlias = tuple[int, tuple[int, int, int, int] | str]
 
 
 def _version(image: ItemImage) -> tuple[int, int]:
-    """Return two numbers that change with an image: its file's size and date, or its table's fingerprint."""
+    """Return two numbers that change with an image: its file's size and mtime, or its table's fingerprint and 0."""
     if not isinstance(image, Path):
         return digest(image.table.fingerprint), 0
     try:
@@ -174,7 +174,7 @@ def _version(image: ItemImage) -> tuple[int, int]:
 
 
 def read_size(image: ItemImage) -> ImageSize:
-    """Return the upright size of an image, from its file's header if the file has an end, too.
+    """Return the upright size of an image, from its file's header if the end of the file is there, too.
 
     :raises ImageError: If it cannot be used; a file whose pixels are broken may pass.
     """
@@ -188,7 +188,7 @@ def read_size(image: ItemImage) -> ImageSize:
 
 
 def _head_and_tail(path: Path) -> bytes:
-    """Return the beginning and the end of a JPEG file, or another file whole."""
+    """Return the beginning and the end of a JPEG file, or the whole of any other file."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_IMAGE_BYTES:
         return b""
@@ -200,7 +200,7 @@ def _head_and_tail(path: Path) -> bytes:
 
 
 def _has_end(data: bytes) -> bool:
-    """Return whether an image file is of a format that marks its end, and has this mark."""
+    """Return whether an image file is in a format that marks its end, and has this mark."""
     if data[:4] == b"RIFF":
         return len(data) >= int.from_bytes(data[4:8], "little") + 8
     end = data[-TAIL_BYTES:]

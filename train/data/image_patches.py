@@ -1,4 +1,4 @@
-"""From image files to the patches of a batch: one image in memory at a time, as bytes until the model runs."""
+"""Turn image files into the patches of a batch: one image at a time, as bytes until the model runs."""
 
 import ctypes
 import hashlib
@@ -17,13 +17,13 @@ from cocoa_embed.model.families.registry import family_of_images
 from cocoa_embed.train.data.rows import load_row_image
 
 IMAGES_A_TRIM = 32
-"""Images after which freed memory goes back to the system."""
+"""The number of images after which freed memory is returned to the system."""
 
 
 def image_patches(images: Sequence[ItemImage], processor: ProcessorMixin) -> tuple[Tensor, Tensor]:
-    """Load images one after the other as the raw patches of an image processor, before it scales their values.
+    """Load images one after the other into the raw patches of an image processor, before it scales their values.
 
-    :param processor: Of a supported backbone.
+    :param processor: The processor of a supported backbone.
     :returns: Patches, uint8 ``[patches, channels * patch_size ** 2]``, in memory that a worker shares with its trainer;
         and ``image_grid_thw``, int64 ``[images, 3]``.
     :raises ImageError: If an image cannot be used.
@@ -31,14 +31,14 @@ def image_patches(images: Sequence[ItemImage], processor: ProcessorMixin) -> tup
     family = family_of_images(processor)
     geometry = family.image_geometry(processor)
     grids, filled, area = [], 0, geometry.patch_size**2
-    # Memory is taken where it is written to, so room for the largest images costs nothing.
+    # The system allocates memory only when it is written, so reserving room for the largest images costs nothing.
     room = len(images) * family.most_pixels(processor) // area
     patches = _empty_bytes(room, geometry.channels * area)
 
     for number, image in enumerate(images, 1):
         rows, grid = family.patches(processor, load_row_image(image))
         grids.append(grid)
-        if filled + len(rows) > len(patches):  # of images so thin that the limit cannot be kept
+        if filled + len(rows) > len(patches):  # very thin images can exceed the pixel limit
             larger = _empty_bytes(2 * (filled + len(rows)), patches.shape[1])
             larger[:filled] = patches[:filled]
             patches = larger
@@ -63,7 +63,7 @@ def normalised(patches: Tensor, processor: ProcessorMixin) -> Tensor:
 
 
 def patch_digests(patches: Tensor, grids: Tensor, image_processor: Any) -> Tensor:  # noqa: ANN401
-    """Return digests of images as the vision encoder sees them, int64 ``[images, 2]``: of patches, grid and scale.
+    """Return a digest of each image as the vision encoder sees it (patches, grid, scale), int64 ``[images, 2]``.
 
     :param patches: From ``image_patches``, with its ``image_grid_thw``.
     """
@@ -77,7 +77,7 @@ def patch_digests(patches: Tensor, grids: Tensor, image_processor: Any) -> Tenso
 
 
 def trim_memory() -> None:
-    """Return freed memory to the system: glibc keeps what decoded images leave, two to three times a batch's bytes."""
+    """Return freed memory to the system: glibc keeps that of decoded images, two to three times a batch's bytes."""
     with suppress(OSError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -1,4 +1,4 @@
-"""Mixes the rows of a stage's sources: limited, checked and weighted, all by the numbers of rows in a table."""
+"""Mix the rows of a stage's sources: limit, check and weight them, all as row numbers of one table."""
 
 import random
 from collections.abc import Collection, Mapping, Sequence
@@ -22,14 +22,14 @@ BAD_ROW_LIMIT = 0.01
 SHOWN_BAD_ROWS = 3
 
 Check: TypeAlias = Literal["all", "sample"]
-"""The images to check before a run."""
+"""Which images are checked before a run."""
 
 
 @dataclass(frozen=True)
 class ReadRows:
     """The rows of a stage.
 
-    :param rows: In the order of the subsets, each repeated by its weight.
+    :param rows: The rows in the order of the subsets, each repeated by its subset's weight.
     :param bad: The rows that were left out.
     :param sizes: Width and height in pixels of images, upright.
     :param unchecked: The number of images that were not checked.
@@ -60,9 +60,9 @@ def read_rows(
     :param seed: Draws, with a subset's name, the entries of a ``limit`` and the rows of a fractional weight.
     :param workers: Images to check at once.
     :param check: ``sample`` checks some images only.
-    :param images: The check of an earlier call, which knows the images of then even without a cache.
-    :param left_out: The subsets and sources of the rows that a run has left out, which is now resumed: rows whose
-        images have broken since stay, and training replaces them one by one.
+    :param images: The check of an earlier call, which still knows the images of that call even without a cache.
+    :param left_out: For a resumed run, the subsets and sources of the rows that it left out when it began. Rows whose
+        images have broken since then stay, and training replaces them one by one.
     :raises CocoaError: If a source cannot be read, too many rows cannot be used, or a subset is left without rows.
     """
     read = read_sources(sources)
@@ -73,7 +73,7 @@ def read_rows(
     checked = (images or ImageCheck())(table, workers=workers, sample=seed if check == "sample" else None)
     broken = read.table.with_images(np.array(list(checked.faults), dtype=np.int64))
     unusable = np.concatenate([some[broken[some]] for some in rows.values()]).tolist()
-    # Only the first ones are made if they are too many: all images of a large set may be missing.
+    # The error quotes only the first of them: all images of a large data set may be missing.
     first = [_broken(read.table[number], checked.faults) for number in unusable[:SHOWN_BAD_ROWS]]
     _refuse_bad_rows([*bad, *first], len(bad) + len(unusable), total, on_bad_row)
     if left_out is not None:
@@ -85,8 +85,8 @@ def read_rows(
     for name, some in weighted.items():
         if not len(some):
             raise CocoaError(
-                f"Subset {name!r} has {len(usable[name])} usable rows, and none to draw at the weight "
-                f"{sources[name].weight}."
+                f"Subset {name!r} has {len(usable[name])} usable rows, and its weight {sources[name].weight} "
+                "leaves none of them; give it more rows or a larger weight."
             )
     mixed = read.table.select(np.concatenate(list(weighted.values())))
     return ReadRows(mixed, bad, checked.sizes, checked.unchecked)
@@ -95,7 +95,7 @@ def read_rows(
 def _limited(
     read: SourceRows, sources: Mapping[str, SourceSettings], seed: int
 ) -> tuple[dict[str, np.ndarray], list[BadRow]]:
-    """Return the numbers of the rows that belong to drawn entries, by subset, and the bad rows among these entries."""
+    """Return the numbers of the rows of the drawn entries, by subset, and the bad rows among these entries."""
     rows, entries = {}, {}
     subset, number_of = read.table.column("subset"), {name: number for number, name in enumerate(read.table.subsets)}
     for name, source in sources.items():
@@ -118,8 +118,9 @@ def _broken(row: Row, faults: Mapping[int, str]) -> BadRow:
 def _refuse_bad_rows(bad: Sequence[BadRow], count: int, total: int, on_bad_row: OnBadRow) -> None:
     """Refuse bad rows if they are too many.
 
-    :param bad: The first ones.
-    :raises CocoaError: If they are.
+    :param bad: The first of them, to quote.
+    :param count: How many there are, of ``total`` rows.
+    :raises CocoaError: If they are too many.
     """
     sentences = [f"{str(row).rstrip('.')}." for row in bad[:SHOWN_BAD_ROWS]]
     if bad and on_bad_row == "stop":
@@ -133,7 +134,7 @@ def _refuse_bad_rows(bad: Sequence[BadRow], count: int, total: int, on_bad_row: 
 
 
 def draw_entries(count: int, limit: int | None, seed: int, subset: str) -> Sequence[int] | set[int]:
-    """Return the numbers of ``limit`` of ``count`` entries, drawn by the seed and the subset's name, or of all."""
+    """Return the numbers of ``limit`` entries of ``count``, drawn by the seed and the subset's name; by default all."""
     if limit is None or limit >= count:
         return range(count)
     return set(random.Random(f"{seed} {subset} limit").sample(range(count), k=limit))
@@ -142,7 +143,7 @@ def draw_entries(count: int, limit: int | None, seed: int, subset: str) -> Seque
 def weigh(rows: np.ndarray, weight: float, *, seed: int, subset: str) -> np.ndarray:
     """Return numbers of rows repeated by ``weight``: at 2.5, all rows twice, then half of them once more.
 
-    The rows of a fraction are drawn by ``seed`` and the subset's name, and stay in order.
+    The rows that a fraction adds are drawn by ``seed`` and the subset's name, and stay in order.
     """
     whole = int(weight)
     generator = random.Random(f"{seed} {subset}")

@@ -29,10 +29,10 @@ from cocoa_embed.train.data.sources import read_subset, source_version
 from cocoa_embed.train.settings import SourceSettings
 
 VERSION = (1, FORMAT_VERSION)
-"""Changes with what readers make of a source, and with the format of tables."""
+"""Changes when readers make other rows of a source, and with the format of tables."""
 
 UNUSED_DAYS = 30
-"""Tables that no run has opened for so long are removed from the cache."""
+"""Tables that no run has opened for this many days are removed from the cache."""
 
 TABLE, ENTRIES, ERRORS = "rows.arrow", "entries.npy", "errors.json"
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 class SourceRows:
     """All rows of several sources.
 
-    :param table: In the order of the sources.
+    :param table: The rows, in the order of the sources.
     :param entries: The number of each row's entry in its source (an image of a folder, else a row), int64 ``[rows]``.
     :param bad: The rows that cannot be used, each with the number of its entry.
     :param counts: The number of entries of each source, bad ones included, by subset.
@@ -58,7 +58,7 @@ class SourceRows:
 def read_sources(sources: Mapping[str, SourceSettings]) -> SourceRows:
     """Return the rows of sources, by the names of their subsets, from the cache if it has them.
 
-    A cache that cannot be written is a warning: the rows are then in a temporary file, or in memory.
+    If the cache cannot be written, this warns, and keeps the rows in a temporary file or in memory.
 
     :raises CocoaError: If a source cannot be read.
     """
@@ -123,7 +123,7 @@ def _write(sources: Mapping[str, SourceSettings], folder: Path) -> None:
 
 
 def _open(folder: Path) -> SourceRows:
-    """Open what ``_write`` has written.
+    """Open a folder that ``_write`` has written.
 
     :raises OSError: If it cannot be read.
     :raises ValueError: If it is broken, or of another version.
@@ -138,7 +138,7 @@ def _open(folder: Path) -> SourceRows:
 
 
 def _remove_unused(root: Path) -> None:
-    """Remove tables that no run has opened for long, and what runs have left that were killed while they wrote one."""
+    """Remove tables that no run has opened for ``UNUSED_DAYS``, also those of runs that were killed while writing."""
     for table in (*root.glob(f"*/{TABLE}"), *root.glob(f".*/*/{TABLE}")):
         folder = root / table.relative_to(root).parts[0]
         with suppress(FileNotFoundError):  # another run removes it

@@ -1,4 +1,4 @@
-"""The rows of a stage as a memory-mapped Arrow table: a ``Row`` is made when it is read."""
+"""The rows of a stage as a memory-mapped Arrow table: a ``Row`` object is made only when it is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cocoa_embed.data.rows import ArrowImage, Item, ItemImage, Row
 from cocoa_embed.errors import CocoaError, printable
 
 FORMAT_VERSION = 1
-"""Of the files; it changes with ``SCHEMA`` and with what the columns mean."""
+"""The version of the files; it changes with ``SCHEMA`` and with the meaning of a column."""
 
 ROWS_A_CHUNK = 10_000
 
@@ -27,16 +27,16 @@ _NUMBERS = (
 )
 
 SCHEMA = pa.schema({"row": pa.string(), "image_ids": pa.list_(pa.int64()), **{name: pa.int64() for name in _NUMBERS}})
-"""``row`` is JSON, which is read faster than nested columns. ``image_ids`` are of all items, in their order."""
+"""``row`` is JSON, which is read faster than nested columns. ``image_ids`` lists those of all items, in order."""
 
 
 class RowTable(Sequence[Row]):
     """Rows in a table, in the order of ``indices``: small in memory, and pickled as a file name and the indices.
 
-    :param table: In ``SCHEMA``.
+    :param table: A table of ``SCHEMA``.
     :param subsets: The names of the subsets, in their order.
-    :param image_tables: The tables of the images inside tables.
-    :param indices: Rows of ``table``, int64; they may repeat. By default all, in order.
+    :param image_tables: The tables that contain images (``ArrowImage``).
+    :param indices: Row numbers of ``table``, int64; they may repeat. By default all, in order.
     :param path: The file of ``table``; None for a table in memory.
     """
 
@@ -79,10 +79,10 @@ class RowTable(Sequence[Row]):
 
     @classmethod
     def open(cls, path: Path) -> RowTable:
-        """Open a file of ``write``, memory-mapped.
+        """Memory-map a file that ``write`` has written.
 
-        :raises ValueError: If it is of another version.
-        :raises OSError: If it cannot be read; so does pyarrow's ``ArrowInvalid``, a ``ValueError``.
+        :raises ValueError: If it is of another version, or broken (pyarrow's ``ArrowInvalid`` is a ``ValueError``).
+        :raises OSError: If it cannot be read.
         """
         found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if found["version"] != FORMAT_VERSION:
@@ -112,17 +112,17 @@ class RowTable(Sequence[Row]):
         return (self[index] for index in range(len(self)))
 
     def select(self, indices: np.ndarray) -> RowTable:
-        """Return the rows at these places, in this order; rows may repeat."""
+        """Return the rows at these indices, in this order; rows may repeat."""
         chosen = self._indices[np.asarray(indices, dtype=np.int64)]
         return RowTable(self._table, self.subsets, self._image_tables, indices=chosen, path=self.path)
 
     def image_ids(self) -> np.ndarray:
-        """Return the ``image_id`` of each image of the rows once, negatives included, int64 ``[images]``."""
+        """Return the ``image_id`` of each distinct image of the rows, negatives included, int64 ``[images]``."""
         ids, rows = self._images()
         return np.unique(ids[np.isin(rows, self._indices)])
 
     def images(self, image_ids: np.ndarray) -> Iterator[tuple[int, ItemImage]]:
-        """Yield each image that has one of the ``image_ids`` once, after its id."""
+        """Yield the id and the image of each of the ``image_ids`` that occurs, once."""
         ids, rows = self._images()
         distinct, firsts = np.unique(ids, return_index=True)
         chosen = np.isin(distinct, image_ids)
@@ -130,15 +130,15 @@ class RowTable(Sequence[Row]):
             yield number, next(image for image in self._row(row).images() if image_id(image) == number)
 
     def with_images(self, image_ids: np.ndarray) -> np.ndarray:
-        """Return whether rows have one of these images, bool ``[rows]``."""
+        """Return whether each row has one of these images, bool ``[rows]``."""
         ids, rows = self._images()
         return np.isin(self._indices, rows[np.isin(ids, image_ids)])
 
     def image_sums(self, image_ids: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Return the sum of the values of the images of a row's query and positive, each once, int64 ``[rows]``.
+        """Sum the values of the images of each row's query and positive, each image once, int64 ``[rows]``.
 
         :param image_ids: The images that have a value, sorted; the value of others is 0.
-        :param values: Of these, int64 ``[images]``.
+        :param values: The values of these images, int64 ``[images]``.
         """
         ids, rows = self._images()
         of_pair = np.arange(len(ids)) - np.searchsorted(rows, rows) < self._table["images"].to_numpy()[rows]
@@ -157,7 +157,7 @@ class RowTable(Sequence[Row]):
     def column(self, name: str) -> np.ndarray:
         """Return a number for each row, int64 ``[rows]``.
 
-        ``subset`` is the place of its subset in ``subsets``; ``source_id`` identifies ``Row.source``; ``query_id`` and
+        ``subset`` is the index of its subset in ``subsets``; ``source_id`` identifies ``Row.source``; ``query_id`` and
         ``positive_id`` are equal for sides with equal texts and images; ``negatives_id`` identifies all negatives, and
         ``negatives`` counts them; ``image_id`` identifies ``Row.image``, and is 0 without one; ``images`` counts the
         images of query and positive; ``query_text`` and ``positive_text`` are the characters of their content, without
@@ -201,7 +201,7 @@ def _reopened(path: Path, indices: np.ndarray | None) -> RowTable:
         table = RowTable.open(path)
     except FileNotFoundError as error:
         raise CocoaError(
-            f"The rows in {printable(path)} are not there any more, or not on this machine; if a run has several "
+            f"The rows in {printable(path)} no longer exist, or are not on this machine; if a run has several "
             "machines, set COCOA_CACHE to a folder that all of them share."
         ) from error
     return table if indices is None else table.select(indices)

@@ -26,7 +26,7 @@ class BadRow:
 
 
 class Draw(NamedTuple):
-    """A row's number and its epoch, which seed what is masked in the row, in any batch and any worker."""
+    """A row's number and epoch, which seed what is masked in the row, whatever its batch and its worker."""
 
     row: int
     epoch: int = 0
@@ -37,7 +37,7 @@ Example: TypeAlias = tuple[Draw, Row]
 
 
 class Rows(Dataset[Example]):
-    """Rows by their draws."""
+    """A data set of rows, indexed by their draws."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
@@ -46,7 +46,7 @@ class Rows(Dataset[Example]):
         return len(self.rows)
 
     def __getitem__(self, draw: Draw | int) -> Example:
-        """Return a row with its draw; by its number, of the first epoch."""
+        """Return a row with its draw; a plain number is a draw of the first epoch."""
         draw = Draw(draw) if isinstance(draw, int) else draw
         return draw, self.rows[draw.row]
 
@@ -56,14 +56,14 @@ class Rows(Dataset[Example]):
 
 
 def numbered(rows: Sequence[Row]) -> list[Example]:
-    """Return rows as a collator takes them, all of the first epoch."""
+    """Return rows as the examples of a collator, all of the first epoch."""
     return [(Draw(index), row) for index, row in enumerate(rows)]
 
 
 def load_row_image(image: ItemImage) -> Image.Image:
     """Load a row's image for training.
 
-    :raises ImageError: If it cannot be used, as in ``check_aspect_ratio``, too.
+    :raises ImageError: If it cannot be read, or ``check_aspect_ratio`` refuses it.
     """
     loaded = load_item_image(image)
     check_aspect_ratio(loaded.size, printable(str(image)))
@@ -71,7 +71,7 @@ def load_row_image(image: ItemImage) -> Image.Image:
 
 
 def check_aspect_ratio(size: tuple[int, int], name: str) -> tuple[int, int]:
-    """Return the size of an image as it is.
+    """Return the size of an image unchanged, if its aspect ratio is usable.
 
     :raises ImageError: If one side is more than 200 times the other, which processors refuse.
     """

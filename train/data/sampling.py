@@ -24,7 +24,7 @@ class RowStream(Sampler[Draw]):
     :param batch_size: Rows of a step, over all devices.
     :param lengths_of: Returns the numbers of tokens of rows, given the rows' numbers. With it, batches have rows
         of similar length: the rows of ``WINDOW`` batches are sorted by length, and the batches come in random order.
-    :param skipped: The first draws that a resumed run drops: windows of these alone are not sorted.
+    :param skipped: The number of first draws that a resumed run skips: windows of only these are not sorted.
     :raises ValueError: If there are no rows.
     """
 

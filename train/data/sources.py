@@ -1,4 +1,4 @@
-"""Reads rows from every kind of source: image folders, tables, WebDatasets, MMEB-train and data sets of the hub."""
+"""Read rows from every kind of source: image folders, tables, WebDatasets, MMEB-train and data sets of the hub."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -30,7 +30,7 @@ MMEB_COLUMNS = {
 def read_subset(subset: str, source: SourceSettings) -> Iterator[tuple[int, Row | RowError]]:
     """Yield the rows of one source in order, or the errors of rows that cannot be used; images may be missing.
 
-    Each comes with the number of its entry from 0: of its image in an image folder, else of the row itself.
+    Each comes with the number of its entry, from 0: the number of its image in an image folder, otherwise its own.
 
     :param subset: The rows' subset. In the ``mmeb`` layout it is also the name of the subset to read, unless
         ``config`` is given.
@@ -93,9 +93,13 @@ def _open_hub(subset: str, source: SourceSettings) -> list[ArrowTable]:
     name = source.config or subset
     if source.config is None and name not in TRAIN_SUBSETS:
         hint = did_you_mean(name, TRAIN_SUBSETS)
-        raise CocoaError(f"{source.mmeb} has no subset {name!r} {hint}; give the config of a subset of another name.")
+        raise CocoaError(
+            f"{source.mmeb} has no subset {name!r} {hint}; if the subset has another name there, give it as config."
+        )
     if source.images is None:
-        raise CocoaError(f"{source.mmeb}, {name}: its images are not part of it; download them and give data.images.")
+        raise CocoaError(
+            f"{source.mmeb}, {name}: the data set has no images; download them, and give their folder as data.images."
+        )
     return [open_data_set(source.mmeb, name, _mmeb_splits(source.split))]
 
 

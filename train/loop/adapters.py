@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cocoa_embed.train.loop.dora import WeightNorms
 
 LANGUAGE_LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
-"""Adapted in the language model's layers."""
+"""The linear modules of the language model's layers that are adapted."""
 
 MERGE_TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Largest relative difference of hidden states before and after a merge, by the dtype of the weights.
@@ -56,14 +56,14 @@ class Adapter:
 
         A model with frozen weights in bfloat16 moves to the host, and all its weights are float32 again.
 
-        :param batch: Of ``render_items``; with an image, so that the vision encoder is compared too.
+        :param batch: From ``render_items``; with an image, so that the vision encoder is compared too.
         :returns: The relative difference of the last hidden states of ``batch`` before and after the merge.
         :raises CocoaError: If the difference is larger than rounding explains, or a merged weight is not finite.
         """
         threads = torch.get_num_threads()
         if self.exact:
             self._restore()
-            torch.set_num_threads(available_cores())  # a launcher leaves one to each process, and the others wait
+            torch.set_num_threads(available_cores())  # a launcher gives each process one thread, but others wait now
         try:
             return self._merge(dict(send_to_device(dict(batch), self.model.device)))
         finally:
@@ -86,7 +86,7 @@ class Adapter:
             ) from error
         for norms in self.norms:
             norms.remove()
-        vars(self.model).pop("peft_config", None)  # some versions of peft leave it there
+        vars(self.model).pop("peft_config", None)  # some versions of peft leave it behind
         for parameter in self.trainable:
             parameter.requires_grad_(True)
         after = _last_hidden_states(self.model, batch)
@@ -94,9 +94,9 @@ class Adapter:
         tolerance = MERGE_TOLERANCES[self.model.dtype]
         if not difference <= tolerance:  # true for NaN too
             raise CocoaError(
-                f"The merged model differs from the adapted one: its last hidden states by {difference:.2g} of the "
-                f"largest, where rounding explains {tolerance:.2g} in {self.model.dtype}. The adapter was not merged "
-                "as it was trained; try another version of peft, or train without an adapter."
+                f"The merged model differs from the adapted one: its last hidden states differ by {difference:.2g} of "
+                f"the largest value, but rounding in {self.model.dtype} explains at most {tolerance:.2g}. The adapter "
+                "was not merged as it was trained; try another version of peft, or train without an adapter."
             )
         return difference
 
@@ -109,11 +109,11 @@ class Adapter:
 
 
 def prepare_trainable(model: PreTrainedModel, settings: StageSettings, *, bf16: bool = False) -> Adapter | None:
-    """Freeze the vision encoder with its merger and first layers, and add an adapter, as the settings say, in place.
+    """Freeze the vision encoder with its merger and the first layers, and add an adapter, in place, by the settings.
 
     Call it after copying parts of the model: a layer copied later would have an adapter too, and be frozen.
 
-    :param bf16: The model runs under bfloat16 autocast, so that weights frozen beside an adapter need not be float32.
+    :param bf16: The model runs under bfloat16 autocast, so that weights that an adapter freezes need not be float32.
     :returns: The adapter, which is merged at the end of the stage; None if the weights themselves are trained.
     """
     if settings.freeze_vision:
@@ -130,13 +130,13 @@ def add_adapter(
 ) -> Adapter:
     """Add an adapter to ``model``, in place, and freeze everything else in it.
 
-    Adapted are the projections of the language model's layers (``LANGUAGE_LINEARS``) and, with ``vision``, those of
-    the vision encoder's blocks (``Family.adapted``); never the embeddings, the head, the patch embedding or the
-    merger. The adapter's weights are float32, in a model of any dtype.
+    It adapts the projections of the language model's layers (``LANGUAGE_LINEARS``) and, with ``vision``, those of the
+    vision encoder's blocks (``Family.adapted``); never the embeddings, the head, the patch embedding or the merger.
+    The adapter's weights are float32, whatever the model's dtype.
 
     :param model: A supported model, with its head or without (``Qwen2VLForConditionalGeneration``, ``Qwen2VLModel``).
     :param bf16: Make all other weights bfloat16; the first process, which merges, keeps their values on the host.
-        The model then runs under autocast alone.
+        The model then runs only under autocast.
     :raises CocoaError: If the model has no such projections.
     """
     require("peft", "train")
@@ -157,7 +157,7 @@ def add_adapter(
         _to_bfloat16(frozen)
         for name in layers.targeted_module_names:
             layer: Any = model.get_submodule(name)
-            layer.cast_input_dtype_enabled = False  # to float32, which autocast would undo
+            layer.cast_input_dtype_enabled = False  # PEFT casts to float32, which autocast would undo
     return Adapter(model, layers, trainable, norms, exact)
 
 

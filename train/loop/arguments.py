@@ -55,7 +55,7 @@ def training_arguments(
         "output_dir": str(folder),
         "max_steps": steps,
         "per_device_train_batch_size": at_once,
-        # A batch of the data loader is one of all devices.
+        # A batch of the data loader is for all devices together.
         "accelerator_config": {"split_batches": True, "non_blocking": torch.cuda.is_available()},
         "gradient_accumulation_steps": accumulated,
         "learning_rate": settings.learning_rate,
@@ -63,7 +63,7 @@ def training_arguments(
         "lr_scheduler_kwargs": decay if settings.schedule == "warmup_stable_decay" else {},
         "warmup_steps": settings.warmup_steps,
         "weight_decay": settings.weight_decay,
-        **({"optim": "adamw_torch_fused"} if torch.cuda.is_available() else {}),  # ``CocoaTrainer`` skips its steps
+        **({"optim": "adamw_torch_fused"} if torch.cuda.is_available() else {}),  # its steps can be skipped
         "adam_beta2": settings.adam_beta2,
         "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,
@@ -74,7 +74,7 @@ def training_arguments(
         "ddp_broadcast_buffers": False,  # they are constants
         "save_strategy": "steps",
         "save_steps": settings.save_steps,
-        "save_total_limit": 2,  # the checkpoint before stays until the newest is complete
+        "save_total_limit": 2,  # the previous checkpoint stays until the newest is complete
         # TensorBoard logs go to the run's folder (callbacks.py); transformers would put them into the checkpoints'.
         "report_to": [service for service in run.report_to if service != TENSORBOARD] or "none",
         "run_name": name,

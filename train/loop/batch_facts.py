@@ -1,4 +1,4 @@
-"""What the host knows of a batch without waiting for a device: counted where it is collated, or read late."""
+"""Facts about a batch that the host knows without waiting for a device: counted in the collator, or read later."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from cocoa_embed.train.data.rows import Example
 from cocoa_embed.train.loop.workers import outlive_a_signal
 
 Batch: TypeAlias = dict[str, Tensor]
-"""Named model inputs and targets; a batch without images has no tensors of images."""
+"""Named model inputs and targets; a batch without images has no image tensors."""
 
 FACTS = "facts"
 """The key of a batch's ``BatchFacts``."""
@@ -21,7 +21,7 @@ FACTS = "facts"
 
 @dataclass(frozen=True)
 class BatchFacts:
-    """Facts of a batch, counted while its tensors are on the CPU, so that no device waits for them.
+    """Facts about a batch, counted while its tensors are on the CPU, so that no device has to wait.
 
     :param rows: The numbers of its rows.
     :param tokens: The number of tokens without padding.
@@ -71,9 +71,9 @@ class DescribedBatches:
 
 
 class LateReading:
-    """A copy of a tensor on its way to the CPU; read it when the device has worked on for a while.
+    """A copy of a tensor to the CPU that does not block; read it later, when it is likely to have arrived.
 
-    :param value: On any device.
+    :param value: The tensor, on any device.
     """
 
     def __init__(self, value: Tensor) -> None:

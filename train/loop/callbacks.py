@@ -1,4 +1,4 @@
-"""Callbacks of a stage's trainer: the progress bar, TensorBoard, snapshots, checkpoints by time and at signals."""
+"""Callbacks of a stage's trainer: progress bar, TensorBoard, snapshots, checkpoints at intervals and at signals."""
 
 import logging
 import signal
@@ -53,7 +53,7 @@ class StageProgressCallback(ProgressCallback):
             self.training_bar.set_description(self.stage)
 
     def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Show the newest metrics beside the bar instead of printing them."""
+        """Show the newest metrics next to the bar instead of printing them."""
         self._values |= {self.shown[name]: f"{logs[name]:.3f}" for name in self.shown if name in logs}
         if self.training_bar is not None:
             self.training_bar.set_postfix(self._values)
@@ -68,7 +68,7 @@ class LogLastStep(TrainerCallback):
 
 
 def show_progress(trainer: Trainer, stage: str, shown: Mapping[str, str]) -> None:
-    """Replace a trainer's progress output by ``StageProgressCallback``."""
+    """Replace a trainer's progress output with ``StageProgressCallback``."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogLastStep())
@@ -111,7 +111,7 @@ class Stopped(CocoaError):
     """The run was stopped by a signal, and can be resumed.
 
     :param number: SIGTERM, or SIGINT of Ctrl-C.
-    :param where: The step that it has reached.
+    :param where: The step that the run has reached, in words.
     """
 
     is_raised_by_all = True
@@ -127,7 +127,7 @@ class SaveAndStop(TrainerCallback):
 
     The signal is SIGTERM or Ctrl-C, at any of the processes. A second Ctrl-C ends the process at once.
 
-    :param minutes: From one checkpoint to the next, by the clock of the first process; None saves none by time.
+    :param minutes: Time from one checkpoint to the next, by the clock of the first process; None saves by steps only.
     """
 
     def __init__(self, trainer: Trainer, minutes: float | None) -> None:
@@ -141,7 +141,7 @@ class SaveAndStop(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note signals instead of ending the process, until the block ends; a signal that is ignored stays ignored."""
+        """Record signals instead of ending the process, until the block ends; ignored signals stay ignored."""
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread can handle signals
             return
@@ -171,7 +171,7 @@ class SaveAndStop(TrainerCallback):
             raise Stopped(self.requested, f"at step {reached} of {steps} of stage {stage}")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        """Start the clock, and save as often as is asked for now: a checkpoint restores what was asked for then."""
+        """Start the clock, and save as often as the settings say now: the checkpoint has restored earlier ones."""
         self._saved_at = time.monotonic()
         state.compute_steps(args, state.max_steps)
 
@@ -180,22 +180,22 @@ class SaveAndStop(TrainerCallback):
         self._saved_at = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save, and stop, if the processes agree on it, so that all do at the same step."""
+        """Save or stop if the processes have agreed to, so that all of them do so at the same step."""
         is_due = self._agree()
         if state.global_step < state.max_steps:
             control.should_save |= is_due or bool(self.requested)
             control.should_training_stop |= bool(self.requested)
 
     def any_requested(self) -> bool:
-        """Return whether any process got a signal; all of them must call this."""
+        """Return whether any process has received a signal; all processes must call this."""
         self._agree(at_once=True)
         return bool(self.requested)
 
     def _agree(self, *, at_once: bool = False) -> bool:
-        """Return whether the first process finds a checkpoint due, and take over a signal of any process.
+        """Return whether a checkpoint is due in the first process, and adopt a signal that any process has received.
 
-        A signal that arrives meanwhile counts at the next step. On CUDA, several processes take over what they saw at
-        the step before, so that none has to wait, unless it is ``at_once``.
+        A signal that arrives meanwhile counts at the next step. On CUDA, several processes use what they exchanged at
+        the step before, so that none has to wait; with ``at_once`` they wait.
         """
         is_due = time.monotonic() - self._saved_at >= self.seconds
         seen: Any = torch.tensor([[self._arrived, is_due]])

@@ -18,15 +18,15 @@ COMPLETE = "complete.json"
 
 
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
-"""In the message of the ``RuntimeError`` of ``torch.save``, if a file cannot be written."""
+"""Names in the message of the ``RuntimeError`` that ``torch.save`` raises if it cannot write a file."""
 
 
 @contextmanager
 def explain_full_disk(content: str) -> Iterator[None]:
-    """Explain that a run's files cannot be written.
+    """Turn errors in writing a run's files into one that says what to do.
 
-    :param content: What they hold.
-    :raises CocoaError: If they cannot.
+    :param content: What the files hold.
+    :raises CocoaError: If they cannot be written.
     """
     try:
         yield
@@ -61,13 +61,13 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_complete(checkpoint: Path) -> dict[str, Any]:
-    """Return the document of ``mark_complete``."""
+    """Return the document that ``mark_complete`` has written."""
     document: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
     return document
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Return whether a checkpoint is marked, and still has all its files in their full size."""
+    """Return whether a checkpoint is marked as complete, and still has all its files at their full size."""
     if not (checkpoint / COMPLETE).is_file():
         return False
     sizes = read_complete(checkpoint)["files"]

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ADAPTER = "default"
-"""PEFT's name of an only adapter."""
+"""PEFT's default name for an adapter."""
 
 
 class Factors(NamedTuple):
@@ -60,9 +60,9 @@ class CachedDora(DoraLinearVariant):
 
 
 class _Adapted(torch.autograd.Function):
-    """The output of ``CachedDora`` in four kernels, and the gradients of what is trained with few more.
+    """The output of ``CachedDora`` in four kernels, and the gradients of the trained parameters in a few more.
 
-    Autograd alone would compute the factors again in each forward pass, and twice the kernels.
+    Autograd alone would compute the factors again in each forward pass, and launch twice as many kernels.
     """
 
     @staticmethod
@@ -105,11 +105,11 @@ class _Adapted(torch.autograd.Function):
 class WeightNorms:
     """Keeps the row norms of ``W + scaling * B A`` in all DoRA layers of ``part``, and has ``CachedDora`` use them.
 
-    DoRA takes them as constants (section 4.3 of arXiv 2402.09353), so they change with the weights alone: at an
-    optimizer step, or when weights are loaded. The next forward pass of ``part`` computes them, without the sum of the
+    DoRA treats them as constants (section 4.3 of arXiv 2402.09353), so they change with the weights alone: at an
+    optimizer step, or when weights are loaded. The next forward pass of ``part`` computes them without adding up the
     matrices: ``||W||^2 + 2 scaling <W, B A> + scaling^2 ||B A||^2`` by rows. Recomputed activations see the same norms.
 
-    :param part: Calls the layers in its forward pass. B is still zero in all of them.
+    :param part: The module that calls the layers in its forward pass. B must still be zero in all of them.
     """
 
     def __init__(self, part: nn.Module) -> None:

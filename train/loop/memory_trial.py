@@ -1,4 +1,4 @@
-"""Choose what a device runs at once by trying it: one forward and backward pass of the worst case for each kind."""
+"""Choose how much a device runs at once by trying it: a forward and backward pass of the worst case of each kind."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """What a device may run at once.
+    """A quantity of which a device may run more or less at once.
 
-    :param name: In words, after a number: "tokens of texts".
-    :param sizes: To choose from, the largest first.
-    :param run: Runs worst batches of a size forward, one after the other, and yields their losses, scalars.
+    :param name: What the sizes count, as words that follow a number: "tokens of texts".
+    :param sizes: The sizes to choose from, largest first.
+    :param run: Runs the forward passes of the largest batches of a size, and yields their losses one by one (scalars).
     :param use: Makes the trainer use a size.
     :param enough: Smaller sizes leave a device idle between its kernels: recomputing activations to run more at once
         is then faster than keeping them.
@@ -44,10 +44,10 @@ class Trial:
 
 
 def fit_to_memory(trainer: CocoaTrainer, trials: Sequence[Trial], recompute: bool | Auto) -> None:
-    """Use the largest sizes that fit on every device, and say so in a line, if there is a choice.
+    """Use the largest sizes that fit on every device, and log them in one line, if there is a choice.
 
     Every process calls this before training. It has no effect on weights, gradients, optimizer and random draws. If
-    even the smallest size does not fit, it is used: the first step says what to change.
+    even the smallest size does not fit, it is used, and the first step fails with an error that says what to change.
 
     :param recompute: Whether to recompute activations (gradient checkpointing); ``auto``: if they do not fit otherwise.
     """
@@ -71,7 +71,7 @@ def fit_to_memory(trainer: CocoaTrainer, trials: Sequence[Trial], recompute: boo
 def _largest(trainer: CocoaTrainer, trials: Sequence[Trial], *, is_patient: bool) -> list[int | None]:
     """Return the largest size of each trial that fits; None where none does.
 
-    :param is_patient: Also try sizes that are not ``enough``.
+    :param is_patient: Also try sizes below ``enough``.
     """
     model: Any = trainer.model
     was_training, device = model.training, trainer.accelerator.device
@@ -88,7 +88,7 @@ def _largest(trainer: CocoaTrainer, trials: Sequence[Trial], *, is_patient: bool
 
 
 def recompute_activations(module: Any, *, on: bool) -> None:  # noqa: ANN401
-    """Turn gradient checkpointing on or off in a backbone, or in the backbone inside of a stage's model."""
+    """Turn gradient checkpointing on or off in a backbone, or in the backbone inside a stage's model."""
     model = next(each for each in module.modules() if isinstance(each, PreTrainedModel))
     if on:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -113,7 +113,7 @@ def _fits(trainer: CocoaTrainer, trial: Trial, size: int) -> bool:
 
 
 def _run(trainer: CocoaTrainer, trial: Trial, size: int) -> None:
-    """Run a size while the memory that training needs besides a pass is taken."""
+    """Run a size while holding the memory that training needs in addition to a pass."""
     device, model = trainer.accelerator.device, cast(nn.Module, trainer.model)
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     taken = 0 if device.type == "cpu" else RESERVE + trained * ADAM_BYTES

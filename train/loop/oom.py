@@ -18,7 +18,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def explain_out_of_memory(stage: str, remedies: Sequence[str]) -> Iterator[None]:
     """Explain an out-of-memory error outside of a step: weights, gradients and optimiser states do not fit.
 
-    :param remedies: Changes in the recipe, of which one may do.
+    :param remedies: Changes in the recipe, any one of which may be enough.
     :raises CocoaError: If memory runs out inside the block.
     """
     try:

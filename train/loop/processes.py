@@ -81,8 +81,9 @@ def refuse_idle_accelerators() -> None:
     count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     if meet().num_processes == 1 and count > 1:
         raise UsageError(
-            f"This machine has {count} accelerators and one process was started; run "
-            "`accelerate launch -m cocoa_embed.train RECIPE` to use all, or set CUDA_VISIBLE_DEVICES=0."
+            f"This machine has {count} accelerators, but only one process was started; run "
+            "`accelerate launch -m cocoa_embed.train RECIPE` to use all of them, or set CUDA_VISIBLE_DEVICES=0 to use "
+            "one."
         )
 
 

@@ -135,7 +135,7 @@ def update_stage(out: Path, stage: str, **values: Any) -> None:
 
 
 def record_begin(out: Path, stage: str, trainer: CocoaTrainer, held_out: np.ndarray) -> None:
-    """Record how many parameters a stage trains, and the places of its rows that are held out of training."""
+    """Record how many parameters a stage trains, and the indices of its rows that are held out of training."""
     stages = read_run(out)["stages"]
     earlier = list(stages)[: list(stages).index(stage)]
     update_stage(

@@ -119,7 +119,7 @@ class StageTrainer(CocoaTrainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the parts' means over steps and devices to ``logs``."""
+        """Add the means of the other scalars over steps and devices to ``logs``."""
         if "loss" in logs:
             sums = {name: torch.stack(values).sum() / self._steps for name, values in self._parts.items()}
             self._parts.clear()

@@ -45,7 +45,7 @@ Measure: TypeAlias = Callable[[nn.Module], dict[str, float]]
 
 @dataclass(frozen=True)
 class Probe:
-    """A measurement for the log: in the first line after every ``steps`` steps, and in the last.
+    """A measurement for the log: it is in the next line after every ``steps`` steps, and in the last line.
 
     :param metrics: Names of metrics that only log lines with this measurement have.
     """
@@ -59,12 +59,12 @@ class Probe:
 class StageContext:
     """The arguments of a stage's trainer that come from the run.
 
-    :param arguments: The keywords of transformers' ``TrainingArguments``.
+    :param arguments: The keyword arguments of transformers' ``TrainingArguments``.
     :param lengths_of: Returns the number of tokens of each row; without it, rows are not grouped by length.
     :param on_bad_row: What happens at a row whose image proves broken: ``stop`` or ``skip``, as in ``DataSettings``.
     :param flops_of: Returns the FLOPs of training on a batch.
     :param peak_flops: FLOP/s of a matrix product, the peak of the utilisation.
-    :param memory_remedy: The change in the recipe if a step does not fit into memory.
+    :param memory_remedy: The change in the recipe to suggest if a step does not fit into memory.
     :param checkpoint_facts: JSON values that each checkpoint records.
     :param compile: Compile the layers of the model.
     """
@@ -89,13 +89,13 @@ class CocoaTrainer(Trainer):
     """The ``Trainer`` of a stage, over ``DescribedBatches``.
 
     - A step whose loss is not finite changes no weights and ends the run, and the error names its rows. With
-      ``checks_late``, as on CUDA, it ends with the next step, so that none has to wait for its loss.
+      ``checks_late``, as on CUDA, the run ends one step later, so that no step has to wait for its loss.
     - A step that does not fit into memory ends the run, and the error names the settings to lower.
     - Log lines have the stage's speed (``Throughput``), without the time of probes.
-    - Checkpoints hold what is trained, adapters and pixel decoder included, and a digest of what is frozen, which a
-      resumed run loads from where the stage began. They are marked when complete.
+    - Checkpoints hold the trained weights, those of adapters and the pixel decoder included, and a digest of the
+      frozen weights, which a resumed run loads from where the stage started. They are marked when complete.
 
-    :param rows: The stage's rows; batches have their numbers.
+    :param rows: The stage's rows, which batches refer to by number.
     :param adapter: The adapter, which is merged into the weights at the end of the stage.
     """
 
@@ -205,7 +205,7 @@ class CocoaTrainer(Trainer):
         self._rows_at_once.clear()
         if self.checks_late:
             optimizer: Any = self.optimizer
-            # The device itself leaves the weights alone, as it does for a scaler of float16 gradients.
+            # The optimizer then skips its step on the device, as it does for a gradient scaler of float16.
             optimizer.optimizer.found_inf = (~torch.isfinite(losses)).any().float()
         else:
             self._refuse_infinite()
@@ -266,7 +266,7 @@ class CocoaTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _is_due(self, probe: Probe) -> bool:
-        step, log = self.state.global_step, self.state.log_history  # which a resumed run restores
+        step, log = self.state.global_step, self.state.log_history  # a resumed run restores both
         probed_at = next((line["step"] for line in reversed(log) if line.keys() & probe.metrics), 0)
         return step - probed_at >= probe.steps or step == self.state.max_steps
 
@@ -296,8 +296,8 @@ class CocoaTrainer(Trainer):
             frozen, names = file.metadata()[FROZEN], set(file.keys())
         if frozen != self._frozen_digest or names != self._trained().keys():
             raise CocoaError(
-                f"The weights under {path} belong to another model than the one that the stage starts from: it has "
-                "changed since; restore it, or run again without --resume."
+                f"The weights in {path} do not belong to the model that the stage starts from, which has changed "
+                "since they were saved; restore that model, or run again without --resume."
             )
         self.accelerator.unwrap_model(self.model).load_state_dict(load_file(path), strict=False)
 

@@ -1,4 +1,4 @@
-"""Workers of data loaders: they ignore a first signal, and end with the training."""
+"""Workers of data loaders: they ignore the first signal, and end when training ends."""
 
 import gc
 import os
@@ -11,7 +11,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 @cache
 def outlive_a_signal() -> None:
-    """Let this worker ignore one signal, which may go to all processes of a run while it saves; the next ends it."""
+    """Let this worker ignore one signal, as a signal may reach all processes while the run saves; the next ends it."""
 
     def ignore(*_: Any) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -22,7 +22,7 @@ def outlive_a_signal() -> None:
 
 
 def end_workers() -> None:
-    """End the workers of all data loaders: at Python's exit each would take five seconds."""
+    """End the workers of all data loaders, since each would delay Python's exit by five seconds."""
     for each in gc.get_objects():
         if type(each) is _MultiProcessingDataLoaderIter:
             each._shutdown_workers()  # type: ignore[attr-defined]

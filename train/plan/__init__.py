@@ -1,1 +1,1 @@
-"""What a run needs and costs, checked before it begins."""
+"""Check what a run needs, and estimate what it costs, before it begins."""

@@ -1,27 +1,27 @@
-"""The speed and the memory of graphics cards, to estimate a run on one that is not here."""
+"""The speed and the memory of graphics cards, to estimate a run on a card that this machine does not have."""
 
 from typing import NamedTuple
 
 LAUNCH_SECONDS = 5e-6
-"""The least time of a kernel."""
+"""The minimum time of a kernel."""
 
 HOST_SECONDS = 28e-6
-"""The time that the host takes to launch a kernel from Python, where the card does not wait for the one before.
+"""The time that the host takes to launch a kernel from Python, in steps that wait for the host and not for the card.
 
 On one H200 three steps of small mini-batches took 27 to 33 microseconds a kernel (docs/experiments.md, section 12).
 """
 
 MATRIX_SPEED, MEMORY_SPEED = 0.61, 0.78
-"""The ratio of the data sheet that large matrix products, and kernels bound by memory, reach."""
+"""The ratio of the data sheet's speed that large matrix products, and memory-bound kernels, reach."""
 
 
 class Card(NamedTuple):
     """The data sheet of a card.
 
-    :param bf16_tflops: Dense matrix products in bfloat16.
-    :param full_tflops: In float32.
-    :param terabytes: Of memory moved in a second.
-    :param memory: In GB.
+    :param bf16_tflops: TFLOP/s of dense matrix products in bfloat16.
+    :param full_tflops: TFLOP/s of dense matrix products in float32.
+    :param terabytes: Memory bandwidth in TB/s.
+    :param memory: Memory in GB.
     """
 
     bf16_tflops: float
@@ -41,7 +41,7 @@ class Card(NamedTuple):
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second."""
+        """Bytes per second that memory-bound kernels move."""
         return self.terabytes * 1e12 * MEMORY_SPEED
 
 

@@ -47,7 +47,7 @@ NOT_LEARNED = frozenset(
         *("probe_steps", "save_steps", "save_minutes", "on_bad_row", "vision_cache", "vision_cache_gb"),
     }
 )
-"""Settings that may change when a run is resumed: they have no effect on the weights, or rows are compared for it."""
+"""Settings that may change when a run is resumed: they do not affect the weights, or the rows are compared for it."""
 
 INHERITED = ("prompts", "max_length", "max_pixels", "bidirectional", "pooling", "eos_tokens")
 """Settings that a run inherits from the checkpoint that it starts from."""
@@ -65,7 +65,7 @@ class Prepared:
     :param start: The origin of its weights.
     :param rows: The rows of each unfinished stage.
     :param steps: The optimisation steps of each unfinished stage.
-    :param warnings: What does not fit together, one sentence each.
+    :param warnings: Settings that do not suit the rows, one sentence each.
     :param results: The results of the finished stages.
     :param is_resumed: Whether it resumes an interrupted run.
     """
@@ -142,7 +142,7 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False, check: Check = "
         _refuse_another_recipe(recipe, out)
     results = finished_stages(recipe, out) if resume else []
     start = read_start(recipe.backbone)
-    # A sample may miss a broken image that the run has left out, and its rows would be others.
+    # A sample may miss a broken image that the run has left out, and the rows would then differ.
     names, left_out = list(recipe.stages)[len(results) :], _left_out(out) if resume else None
     rows = read_stages(recipe, names, check="all" if resume else check, left_out=left_out)
     steps = {stage: recipe.stages[stage].step_count(read.rows) for stage, read in rows.items()}
@@ -156,7 +156,7 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False, check: Check = "
 
 
 def _inherit(recipe: Recipe) -> Recipe:
-    """Return the recipe; if its backbone is a checkpoint, with ``INHERITED`` settings that it does not give."""
+    """Return the recipe; if its backbone is a checkpoint, add the ``INHERITED`` settings that it leaves out."""
     folder = Path(recipe.backbone)
     if not (folder / TRAINING_FILE).is_file():
         return recipe
@@ -173,14 +173,14 @@ def _inherit(recipe: Recipe) -> Recipe:
 
 
 def _limit_images(recipe: Recipe) -> Recipe:
-    """Return the recipe; with a limit for images, if it gives none and the backbone's own is too large for it."""
+    """Return the recipe; add an image limit if it has none and the backbone's own is too large for ``max_length``."""
     has_limits = all(stage.run.max_pixels for stage in recipe.stages.values())
     pixels = None if has_limits else fitting_max_pixels(recipe.backbone, recipe.max_length, recipe.eos_tokens)
     if pixels is None:
         return recipe
     logger.warning(
         f"Images are scaled down to {pixels} pixels, so that they fit into max_length {recipe.max_length}: the limit "
-        f"of {recipe.backbone} allows larger ones. Set max_pixels to choose."
+        f"of {recipe.backbone} allows larger ones. Set max_pixels to choose another limit."
     )
     return recipe.parse({**recipe.model_dump(exclude_unset=True), "max_pixels": pixels}, source=recipe.name)
 
@@ -195,8 +195,8 @@ def _check_stages(recipe: Recipe) -> None:
             raise UsageError(f"report_to names {service}, which is not installed; run: pip install {service}")
     is_sharded, sharding = recipe.sharding != "none", f"sharding={recipe.sharding}"
     if is_sharded and state.distributed_type in _CANNOT_SHARD:
-        # transformers would train without sharding, and without a word
-        raise UsageError(f"{sharding} needs several accelerators, with a process each.")
+        # transformers would silently train without sharding
+        raise UsageError(f"{sharding} needs several accelerators, with one process for each.")
     for name, stage in recipe.stages.items():
         recipe.sources_of(name)
         stage.attention()
@@ -228,7 +228,7 @@ def _refuse_another_recipe(recipe: Recipe, out: Path) -> None:
     if changes := _recipe_changes(read_run(out)["recipe"], recipe.model_dump(mode="json")):
         raise UsageError(
             f"The recipe has changed since the run in {out} began ({'; '.join(changes)}); resume it with the recipe "
-            "that it began with, or start anew in another folder."
+            "that it began with, or start again in another folder."
         )
 
 
@@ -238,7 +238,7 @@ def _refuse_other_rows(rows: dict[str, ReadRows], out: Path) -> None:
         if before[stage]["fingerprint"] != read.rows.fingerprint:
             raise UsageError(
                 f"The rows of stage {stage} have changed since the run in {out} began (then {before[stage]['rows']}, "
-                f"now {read.rows.counts}); restore them, or start anew in another folder."
+                f"now {read.rows.counts}); restore them, or start again in another folder."
             )
 
 

@@ -26,7 +26,7 @@ ATTENTION_MASK = "attention_mask"
 class BatchShape:
     """The properties of a batch that determine its cost.
 
-    :param lengths: Tokens of each sequence. Padding is not part of the cost; to include it, give padded lengths.
+    :param lengths: Tokens of each sequence, usually without padding; to include its cost, give padded lengths.
     :param image_grids: Raw patches of each image: frames, rows, columns.
     :param masked_tokens: Positions that the language-model head is applied to.
     :param masked_patches: Raw patches that the pixel decoder is trained on; without any, it does not run.
@@ -68,8 +68,8 @@ def batch_shape(batch: Mapping[str, Tensor], prefix: str = "") -> BatchShape:
 class LayerSize:
     """A stack of equal transformer layers.
 
-    :param weights: Of the linear modules of one layer.
-    :param attention_width: Heads times the width of a head.
+    :param weights: The number of weights in the linear modules of one layer.
+    :param attention_width: The number of heads times the width of a head.
     """
 
     layers: int
@@ -89,7 +89,7 @@ class LayerSize:
 class ModelSize:
     """The properties of a model that determine its cost.
 
-    :param merger_weights: The weights of all mergers, those of the deep stack (Qwen3-VL) included.
+    :param merger_weights: The weights of all mergers, those of DeepStack (Qwen3-VL) included.
     :param patches_per_row: How many patches of the vision encoder are in a row of ``pixel_values``.
     :param full_layers: The number of vision layers that attend to the whole image; the others attend inside windows
         with a side of ``window`` raw patches.
@@ -107,7 +107,7 @@ class ModelSize:
 
 
 def model_size(config: PreTrainedConfig) -> ModelSize:
-    """Measure the stock model of a config, which takes about a second."""
+    """Measure the stock model of a config; this takes about a second."""
     family = family_of(config)
     names, geometry, window = family.parts, family.geometry, family.attention_window
     with torch.device("meta"):
@@ -187,7 +187,7 @@ class StepCost:
     As usual for model FLOPs utilisation, recomputation (gradient checkpointing, the gradient cache's first pass) is not
     counted; nor are an adapter's own matrices.
 
-    :param adapter: The weights are frozen beside an adapter.
+    :param adapter: An adapter is trained, and the weights are frozen.
     :param freeze_vision: The vision encoder gets no gradient.
     """
 
@@ -220,7 +220,7 @@ class StepCost:
 
 @cache
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a large matrix product on a device, the median of five measurements, made once a process."""
+    """Return the FLOP/s of a large matrix product on a device: the median of five, measured once per process."""
     side = 1024 if device.type == "cpu" else 8192
     generator = torch.Generator(device).manual_seed(0)  # has no effect on the run's random numbers
     left, right = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))

@@ -32,7 +32,7 @@ from cocoa_embed.train.settings import SourceSettings, StageSettings
 from cocoa_embed.train.stages.stage import Stage
 
 DEFAULT_CARD = "h100"
-"""Where no card is named: memory is the same on all."""
+"""The card of the estimates if none is named: memory is the same on all."""
 
 SAMPLE = 256
 """Rows of a stage that are rendered to estimate the length of all."""
@@ -44,9 +44,9 @@ class SubsetPlan:
 
     :param rows: After caps and weights, without those left out.
     :param rows_with_image: Those of them with an image on either side.
-    :param images: The different images that rows begin with.
-    :param left_out: The rows that the stage cannot use.
-    :param source: The settings that rows come from.
+    :param images: The number of distinct images that rows begin with.
+    :param left_out: The number of rows that the stage cannot use.
+    :param source: The settings of the source of the rows.
     """
 
     rows: int
@@ -62,21 +62,21 @@ class StagePlan:
 
     :param rows: Rows by subset, after caps and weights.
     :param subsets: More about the rows of each subset.
-    :param needs: What rows that are left out lack, and what to do.
+    :param needs: What the rows that are left out lack, and what to do.
     :param max_rows: The cap that the rows of all subsets were drawn to, if there were more.
-    :param step_contents: What a step holds, by subset, if its rows are of one subset.
+    :param step_contents: What a step holds, by subset, if all its rows are of one subset.
     :param steps: The steps of the whole stage; ``steps_done`` of them are in the checkpoint that it resumes from.
     :param epochs: How often the steps draw each row.
     :param mean_batch_size: The mean number of rows of a step; fewer than ``batch_size`` where rows run out.
     :param tokens_per_step: Tokens without padding, from a sample of the rows.
     :param flops: FLOPs of the remaining steps, forward and backward, from the same sample.
     :param rows_at_once: Rows that a device runs in one forward pass; in the contrastive stage, items.
-    :param sizes_at_once: What memory decides of that, for each kind of sequences: ``rows``, ``tokens of texts``...
+    :param sizes_at_once: Sizes chosen to fit into memory, for each kind of sequence: ``rows``, ``tokens of texts``...
     :param gradient_checkpointing: Whether activations are recomputed.
     :param memory_bytes: Bytes on one device by use, if all rows of a forward pass are as long as the longest row of the
-        sample, which has the longest text and the most images of all.
-    :param checkpoint_bytes: Bytes of one checkpoint to resume from. While the stage trains there are up to three, in
-        ``checkpoints`` beside ``folder``.
+        sample, which includes the rows with the longest texts and the most images.
+    :param checkpoint_bytes: Bytes of one checkpoint to resume from. While the stage trains, there are up to three, in
+        ``checkpoints`` next to ``folder``.
     :param folder: The folder of the stage's weights.
     :param adapter: The kind of the stage's adapter, if it has one.
     :param seconds_per_step: The time of a step on this machine, if steps were timed.
@@ -116,9 +116,9 @@ class RunPlan:
     """The plan of a run.
 
     :param devices: The number of devices.
-    :param unchecked_images: Images that were not checked, of a stage that has most of them.
+    :param unchecked_images: The number of images that were not checked, in the stage that has most of them.
     :param card: The card of the stages' ``card_seconds``, if one was named.
-    :param warnings: What does not fit together, one sentence each.
+    :param warnings: Settings that do not suit the rows, one sentence each.
     :param bad_rows: The rows to leave out, as in ``bad_rows.jsonl``.
     :param finished: The stages that are finished already.
     """
@@ -147,8 +147,8 @@ def plan(
 
     :param resume: Plan what is left of the interrupted run in ``out``.
     :param check: Check all images, or a sample of them.
-    :param card: Estimate the time on one of ``CARDS``, too.
-    :param seconds_per_step: Times a step of each stage, by its name.
+    :param card: Also estimate the time on this one of ``CARDS``.
+    :param seconds_per_step: Measures the time of a step of each stage, by the stage's name.
     :raises UsageError: As ``run`` does.
     :raises CocoaError: As ``run`` does, except for missing or broken weights, which are not loaded.
     """
@@ -257,7 +257,7 @@ def _subsets(read: ReadRows, sources: Mapping[str, SourceSettings]) -> dict[str,
 
 
 class _Sequence(NamedTuple):
-    """The shape of a sequence, and a row for the meter whose sequences all have this shape."""
+    """The shape of a sequence, and a row for the meter, all of whose sequences have this shape."""
 
     shape: BatchShape
     alike: Row
@@ -282,12 +282,12 @@ def _sequences(
 
 
 def _mean(sample: list[list[_Sequence]], count: Callable[[BatchShape], float]) -> float:
-    """Return the mean over rows of what is counted in their sequences."""
+    """Return the mean over rows of the sum of ``count`` over a row's sequences."""
     return fmean(sum(count(each.shape) for each in of_row) for of_row in sample)
 
 
 def _typical(sample: list[list[_Sequence]]) -> list[tuple[_Sequence, float]]:
-    """Return a sequence of medium length with images and one without, and how many of its kind a row has."""
+    """Return the sequence of median length with images and the one without, each with the number of such in a row."""
     every = [each for of_row in sample for each in of_row]
     kinds = [[each for each in every if bool(each.shape.patches) == pictured] for pictured in (True, False)]
     ordered = [sorted(kind, key=lambda each: each.shape.tokens) for kind in kinds if kind]

@@ -1,4 +1,4 @@
-"""Chooses by the meter what a card runs at once where a recipe says ``auto``, as ``memory_trial`` does by trying."""
+"""Choose by the meter how much a card runs at once where a recipe says ``auto``; ``memory_trial`` does so by trying."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class AtOnce:
-    """What a device runs at once.
+    """How much a device runs at once.
 
     :param recomputes: Whether activations are recomputed (gradient checkpointing).
-    :param sizes: The size of each kind of sequences (``Stage.kind_at_once``) that was chosen; none where memory does
+    :param sizes: The size that was chosen for each kind of sequence (``Stage.kind_at_once``); empty where memory does
         not decide.
     """
 
@@ -30,13 +30,13 @@ class AtOnce:
     sizes: dict[str, int] = field(default_factory=dict)
 
     def sequences(self, stage: Stage[StageSettings], devices: int, shape: BatchShape) -> int:
-        """Return how many sequences of a shape that is."""
+        """Return how many sequences of a shape run at once."""
         size = self.sizes.get(stage.kind_at_once(with_image=shape.patches > 0))
         return stage.sequences_at_once(devices, shape.tokens, size)
 
 
 def memory_of(card: str | None) -> float | None:
-    """Return the bytes of a card, or of this machine's; None on a CPU, whose memory is not what limits a mini-batch."""
+    """Return the memory of a card, or of this machine's, in bytes; None on a CPU, where it limits no mini-batch."""
     if card is not None:
         return CARDS[card].memory * GB
     device = torch.device(str(PartialState().device))
@@ -46,10 +46,10 @@ def memory_of(card: str | None) -> float | None:
 def fit_to_card(
     stage: Stage[StageSettings], meter: StageMeter, shapes: Sequence[BatchShape], devices: int, memory: float | None
 ) -> AtOnce:
-    """Return what ``fit_to_memory`` would choose, and leave the meter with it.
+    """Return what ``fit_to_memory`` would choose, and set the meter's gradient checkpointing to it.
 
-    :param shapes: Of the sequence at each place of the meter.
-    :param memory: In bytes; None on a CPU.
+    :param shapes: The shapes of the sequences of the meter's rows, in the same order.
+    :param memory: The memory in bytes; None on a CPU.
     """
     sizes, asked = sorted(stage.sizes_at_once(devices)), stage.run.gradient_checkpointing
     if memory is None or stage.run.sharding != "none":

@@ -1,4 +1,4 @@
-"""What a stage's steps cost on a card: its own trainer, model and batches on fake tensors, without weights."""
+"""Estimate what a stage's steps cost on a card: its trainer, model and batches run on fake tensors, without weights."""
 
 import os
 import warnings
@@ -53,8 +53,8 @@ class Parameters(NamedTuple):
 
     :param total: How many there are.
     :param trainable: How many are trained.
-    :param bytes: Of all.
-    :param trainable_bytes: Of those that are trained, and so of their gradients.
+    :param bytes: The bytes of all.
+    :param trainable_bytes: The bytes of those that are trained, and so of their gradients.
     """
 
     total: int
@@ -74,9 +74,9 @@ class Parameters(NamedTuple):
 class StageMeter:
     """A stage on fake tensors. Every measurement is of one forward and backward pass, as on one device of one process.
 
-    :param config: Of the backbone.
-    :param processor: Of the backbone.
-    :param rows: The rows that are measured, by their places here. The sequences of a row are all alike
+    :param config: The config of the backbone.
+    :param processor: The processor of the backbone.
+    :param rows: The rows to measure; methods refer to them by index (``place``). The sequences of a row are all alike
         (``Stage.alike``).
     """
 
@@ -96,7 +96,7 @@ class StageMeter:
         self._sequences = [len(stage.alike(row)) for row in rows]
         self._stage = stage = _short(stage)
         self._recomputes = stage.run.gradient_checkpointing is True
-        # The whole model costs the sum of all these by their weights.
+        # The cost of the whole model is the weighted sum of the costs of these.
         shallow, self._weights = zip(*depths(config), strict=True)
         with _alone(), self._measuring():
             self._trainers = [_trainer(stage, each, processor, table, fake) for each in shallow]
@@ -112,13 +112,13 @@ class StageMeter:
     def _measuring(self) -> Iterator[None]:
         swapping = patch.object(torch.utils, "swap_tensors", _set_data)
         with warnings.catch_warnings(), swapping, self._roofline, as_on_cuda(self._roofline):
-            warnings.simplefilter("ignore")  # fake tensors have no data to point to, which torch warns of
+            warnings.simplefilter("ignore")  # torch warns that fake tensors have no data to point to
             yield
 
     def mini_batch(self, place: int, sequences: int) -> Cost:
-        """Return the cost of a mini-batch of so many sequences of the row at a place.
+        """Return the cost of a mini-batch of ``sequences`` sequences of the row at ``place``.
 
-        That is all that a step does with them, in the contrastive stage two forward passes and a backward pass.
+        It covers all that a step does with them: in the contrastive stage, two forward passes and a backward pass.
         """
         cost, parts = self.cost(place, sequences), self._sequences[place]
         return cost._replace(**{name: getattr(cost, name) / parts for name in ADDED})
@@ -130,7 +130,7 @@ class StageMeter:
             recompute_activations(trainer.model, on=on)
 
     def state_bytes(self, shards: int = 1) -> dict[str, int]:
-        """Return what a device holds between two passes, by use."""
+        """Return the bytes that a device holds between two passes, by use."""
         counts = self.parameters
         return {
             "weights": counts.bytes // shards,
@@ -139,9 +139,9 @@ class StageMeter:
         }
 
     def cost(self, place: int, copies: int) -> Cost:
-        """Return the cost of a pass over ``copies`` of the row at a place, whose backward pass adds to gradients.
+        """Return the cost of a pass over ``copies`` of the row at ``place``, whose backward pass adds to gradients.
 
-        Two numbers of copies are run, and others are computed from these.
+        Two numbers of copies are measured; the costs of all others are computed from these two.
         """
         known = self._tallies.setdefault((place, self._recomputes), {})
         (less, few), (more, many) = [*known.items(), (0, []), (0, [])][:2]
@@ -155,7 +155,7 @@ class StageMeter:
             times = (copies - less) / (more - less)
             costs = [each.cost(other, times) for each, other in zip(few, many, strict=True)]
         whole = Cost(*np.dot(self._weights, costs).tolist())
-        # A backward pass frees as it goes: what it takes in addition is one layer's, in any depth.
+        # A backward pass frees memory as it goes, so at any depth it needs additional memory for one layer only.
         return whole._replace(backward_bytes=max(cost.backward_bytes for cost in costs))
 
     def _run(self, place: int, copies: int) -> list[Tally]:
@@ -179,12 +179,12 @@ class StageMeter:
 
     @property
     def optimizer_seconds(self) -> float:
-        """The seconds of an optimiser step."""
+        """The time of an optimiser step in seconds."""
         return OPTIMIZER_PASSES * FULL * self.parameters.trainable / self._roofline.card.bandwidth
 
 
 def _short(stage: Stage[StageSettings]) -> Stage[StageSettings]:
-    """Return the stage with settings for a meter: one step, no probe, one process that collates."""
+    """Return the stage with the settings that a meter needs: one step, no probe, no workers, no sharding."""
     changes = {"steps": 1, "epochs": None, "min_steps": None}
     changes |= {name: 0 for name in ("probe_rows", "warmup_steps") if name in type(stage.settings).model_fields}
     run = {"sharding": "none", "attn_implementation": "sdpa", "report_to": (), "workers": 0, "vision_cache": None}
@@ -198,7 +198,7 @@ def _trainer(
     rows: RowTable,
     fake: FakeTensorMode,
 ) -> CocoaTrainer:
-    """Return the trainer of a stage, on fake tensors, with gradients of an earlier pass."""
+    """Return the trainer of a stage, on fake tensors, whose gradients exist already, as after an earlier pass."""
     backbone = Backbone(_fake_model(config, stage, fake), processor)
     with TemporaryDirectory() as folder:
         arguments = stage.arguments(steps=1, folder=Path(folder)) | {"use_cpu": True}
@@ -236,13 +236,13 @@ def _fake_model(config: PreTrainedConfig, stage: Stage[StageSettings], fake: Fak
 
 
 def _set_data(parameter: Tensor, other: Tensor) -> None:
-    """Do for fake tensors what ``swap_tensors`` refuses to."""
+    """Replace ``swap_tensors``, which refuses fake tensors."""
     parameter.data = other
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Measure in one process on the CPU, also in a run of several processes or on a GPU."""
+    """Measure in one process on the CPU, even in a run of several processes or on a GPU."""
     with ExitStack() as changes:
         changes.enter_context(patch.dict(os.environ))
         for name in RANKS:
@@ -255,10 +255,10 @@ def _alone() -> Iterator[None]:
 
 
 def depths(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, int]]:
-    """Return configs of few layers with weights: the whole model costs the weighted sum of theirs.
+    """Return configs of shallow models with weights: the cost of the whole model is the weighted sum of their costs.
 
-    The first has each kind of layer once, and each of the others one layer of some kind more. The weight of one is how
-    often the whole model has its layer beyond the first.
+    The first model has each kind of layer once. Each of the others has one more layer of one kind; its weight is the
+    number of layers of this kind that the whole model has beyond those of the first.
     """
     family = family_of(config)
     layers = family.layers()

@@ -21,19 +21,19 @@ from cocoa_embed.model import vision_attention
 from cocoa_embed.train.plan.cards import HOST_SECONDS, LAUNCH_SECONDS, Card
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
-"""Operators without a kernel, besides views."""
+"""Operators that launch no kernel, in addition to views."""
 
 GATHERS = ("embedding", "index", "index_select", "gather")
-"""Operators that read only what they return of their first argument."""
+"""Operators that read of their first argument only the values that they return."""
 
 FUSED = ("_to_copy", "cat", "clone", "copy_", "gelu_backward", "silu_backward", "slice_backward", "zeros", "zeros_like")
-"""Operators that a compiler fuses, besides pointwise ones."""
+"""Operators that a compiler fuses, in addition to pointwise ones."""
 
 REDUCTIONS = ("amax", "mean", "native_layer_norm", "native_layer_norm_backward", "sum")
 """Operators that a compiler fuses with what they read; a norm is a reduction with a pointwise operator after it."""
 
 MOST_SOURCES = 4
-"""A fused kernel reads no more tensors (Inductor's ``realize_reads_threshold``)."""
+"""A fused kernel reads at most this many tensors (Inductor's ``realize_reads_threshold``)."""
 
 ATTENTION_SPEED = 0.75
 """The speed of a fused attention kernel, relative to a matrix product."""
@@ -45,14 +45,14 @@ Sources: TypeAlias = dict[int, tuple[Any, int]]
 class Cost(NamedTuple):
     """What some work costs on one device.
 
-    :param flops: Of matrix products and attention, recomputed ones included.
-    :param moved_bytes: Read and written by kernels.
-    :param kernels: Kernels launched.
-    :param host_reads: Times that the host waits for a value of the device.
-    :param seconds: Each kernel takes the longest of its launch, its bytes and its FLOPs.
-    :param forward_bytes: The most memory at once outside of backward passes, above what was there before.
-    :param kept_bytes: The memory at the start of a backward pass, above what was there before.
-    :param backward_bytes: The most memory at once in a backward pass, above ``kept_bytes``.
+    :param flops: FLOPs of matrix products and attention, recomputed ones included.
+    :param moved_bytes: Bytes that kernels read and write.
+    :param kernels: The number of kernels launched.
+    :param host_reads: How often the host waits for a value from the device.
+    :param seconds: The time of all kernels; each takes as long as the slowest of its launch, its bytes and its FLOPs.
+    :param forward_bytes: The peak memory outside of backward passes, above what was allocated before.
+    :param kept_bytes: The memory at the start of a backward pass, above what was allocated before.
+    :param backward_bytes: The peak memory in a backward pass, above ``kept_bytes``.
     """
 
     flops: float = 0.0
@@ -71,7 +71,7 @@ class Cost(NamedTuple):
 
     @property
     def peak_bytes(self) -> float:
-        """The most memory at once, above what was there before."""
+        """The peak memory, above what was allocated before."""
         return max(self.forward_bytes, self.kept_bytes + self.backward_bytes)
 
 
@@ -79,7 +79,7 @@ class Cost(NamedTuple):
 class Tally:
     """A running ``Cost``.
 
-    :param work: Of each kernel: bytes, FLOPs, and the seconds that each of the two take.
+    :param work: For each kernel: bytes, FLOPs, and the seconds that each of the two takes.
     :param born: Storages made since the tally began.
     """
 
@@ -106,8 +106,8 @@ class Tally:
     def cost(self, other: "Tally | None" = None, times: float = 0.0) -> Cost:
         """Return the cost so far.
 
-        :param other: The same kernels on other rows: ``times`` the difference is added, as bytes, FLOPs and memory grow
-            with the rows.
+        :param other: The same kernels on another number of rows. ``times`` the difference is added, as bytes, FLOPs
+            and memory grow with the rows.
         """
         (work, rest), (other_work, other_rest) = (each._values() for each in (self, other or self))
         work, rest = work + times * (other_work - work), rest + times * (other_rest - rest)
@@ -125,11 +125,11 @@ class Tally:
 class Roofline(TorchDispatchMode):
     """Counts what operators would cost on a card, whether tensors are fake or real.
 
-    Real tensors are for what decides on shapes: token ids, masks, image grids. What the host asks of a fake tensor is
-    answered with one, or, of two tensors, that they differ.
+    Tensors that decide on shapes are real: token ids, masks, image grids. If the host reads a value of a fake tensor,
+    it gets 1; if it compares two tensors, they differ.
 
     :param card: The card that runs it.
-    :param fake: The mode of the fake tensors; new tensors of floats are fake, too.
+    :param fake: The mode of the fake tensors; new floating-point tensors are fake, too.
     """
 
     def __init__(self, card: Card, fake: FakeTensorMode) -> None:
@@ -144,14 +144,14 @@ class Roofline(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # what it skips with is a wrapper around each call
+        return False  # skipping would wrap each call
 
     def compile(self, layer: nn.Module) -> None:
         """Count a layer as Inductor would compile it, forward and backward.
 
-        A pointwise operator costs nothing itself: the next product, attention or end of the layer that takes its result
-        has one kernel write it from what was there before; the backward pass keeps that, not the result. Inductor moves
-        less: it also writes several results in one kernel.
+        A pointwise operator costs nothing itself. When a matrix product, attention or the end of the layer takes its
+        result, one kernel writes it from the tensors that are in memory; the backward pass keeps those tensors, not
+        the result. Inductor moves fewer bytes: it also writes several results in one kernel.
         """
 
         def run(part: str, *_: object) -> None:
@@ -167,7 +167,7 @@ class Roofline(TorchDispatchMode):
         layer.register_full_backward_hook(partial(end, "backward"))
 
     def write(self, tensors: Iterable[Any]) -> None:
-        """Count the kernels that write tensors, where none has done so yet."""
+        """Count a kernel for each of the tensors that no kernel has written yet."""
         for each in tensors:
             key = id(each.untyped_storage()) if isinstance(each, Tensor) else None
             if (sources := self._sources.pop(key, None)) is not None:
@@ -175,7 +175,7 @@ class Roofline(TorchDispatchMode):
                 self.count(0, _sum(sources) + _bytes(each), each.dtype)
 
     def _read(self, tensors: Iterable[Tensor]) -> Sources:
-        """Return what a fused kernel reads of tensors."""
+        """Return what a fused kernel reads to use tensors: themselves, or the sources of those not written yet."""
         found: Sources = {}
         for each in tensors:
             storage = each.untyped_storage()
@@ -183,7 +183,7 @@ class Roofline(TorchDispatchMode):
         return found
 
     def _defer(self, tensor: Tensor, sources: Sources) -> None:
-        """Let a later kernel write a tensor; until then it keeps its sources instead of memory of its own."""
+        """Leave a tensor to be written by a later kernel; until then its sources are kept instead of its own memory."""
         key = id(tensor.untyped_storage())
         self._sources[key] = {each: (None if each == key else kept, size) for each, (kept, size) in sources.items()}
 
@@ -198,7 +198,7 @@ class Roofline(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].device
-        if func.namespace == "prim":  # another question
+        if func.namespace == "prim":  # another query, not an operator
             return func(*args, **kwargs)
         kind = _kind(func)
         if kind.name in ("_local_scalar_dense", "equal") and any(isinstance(each, FakeTensor) for each in args):
@@ -222,7 +222,8 @@ class Roofline(TorchDispatchMode):
 
     def _count_operator(self, kind: "_Kind", given: list[Tensor], results: list[Tensor], flops: int) -> None:
         compiled = bool(self._compiled) and not kind.is_free and bool(results)
-        adds_up = kind.is_in_place and id(given[0].untyped_storage()) not in self.tally.born  # gradients, outside
+        # In place on a tensor from before the tally: it adds to a gradient.
+        adds_up = kind.is_in_place and id(given[0].untyped_storage()) not in self.tally.born
         if compiled and kind.is_pointwise and not adds_up:
             sources = self._read(given)
             for each in results:
@@ -355,7 +356,7 @@ HOST_READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
 
 @contextmanager
 def as_on_cuda(meter: Roofline) -> Iterator[None]:
-    """Let functions be one kernel and run in the dtype that they are on CUDA; note host reads and backward passes."""
+    """Run functions as one kernel, in the dtype that they have on CUDA; record host reads and backward passes."""
     packed = partial(_packed_attention, meter)
     functions: dict[str, Any] = {
         "scaled_dot_product_attention": partial(_attention, meter),
@@ -373,19 +374,19 @@ def as_on_cuda(meter: Roofline) -> Iterator[None]:
 
 
 def _counted(meter: Roofline, read: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method of tensors that waits for their values, and is counted."""
+    """Return a method of tensors that waits for a value, wrapped so that the wait is counted."""
 
     def counted(tensor: Tensor, *args: Any) -> Any:  # noqa: ANN401
         before = meter.tally.host_reads
         value = read(tensor, *args)
-        meter.tally.host_reads = before + 1  # one may call another
+        meter.tally.host_reads = before + 1  # one method may call another
         return value
 
     return counted
 
 
 def _watched(meter: Roofline, backward: Callable[..., None]) -> Callable[..., None]:
-    """Return ``Tensor.backward`` with its memory noted; one inside another (of a gradient cache) counts for itself."""
+    """Return ``Tensor.backward``, wrapped to record its memory; a nested one (gradient cache) counts by itself."""
 
     def watched(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
         meter.tally.begin_backward()
@@ -405,7 +406,7 @@ def _attention(
     *args: object,
     **kwargs: object,
 ) -> Tensor:
-    """Do as ``scaled_dot_product_attention``, in one kernel."""
+    """Replace ``scaled_dot_product_attention``, as one kernel."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -421,17 +422,17 @@ def _attention(
 def _packed_attention(
     meter: Roofline, query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, *_: Any
 ) -> Tensor:
-    """Do as ``varlen_attn``, in one kernel."""
+    """Replace ``varlen_attn``, as one kernel."""
     pairs = query.shape[1] * int((np.diff(boundaries.numpy()).astype(np.int64) ** 2).sum())
     out: Tensor = _Attention.apply(meter, query, key, value, None, pairs)
     return out
 
 
 def _dropout(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """Do as ``dropout``, in one kernel."""
+    """Replace ``dropout``, as one kernel."""
     return torch.native_dropout(values, p, True)[0] if training and p else values
 
 
 def _layer_norm(function: Callable[..., Tensor], values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Do as ``layer_norm``, which CUDA's autocast runs in float32."""
+    """Replace ``layer_norm``, which CUDA's autocast runs in float32."""
     return function(values.float() if torch.is_autocast_enabled("cpu") else values, *args, **kwargs)

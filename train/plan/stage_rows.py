@@ -1,4 +1,4 @@
-"""Read the rows of a run's stages: those that each can use, at most ``max_rows``."""
+"""Read the rows of a run's stages: those that each stage can use, at most ``max_rows``."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -21,7 +21,7 @@ from cocoa_embed.train.stages.stage import Stage
 def read_stages(
     recipe: Recipe, names: list[str], *, check: Check = "all", left_out: Collection[tuple[str, str]] | None = None
 ) -> dict[str, ReadRows]:
-    """Read the rows of stages. Data of several stages are read once, and each image is checked once.
+    """Read the rows of stages. Data that several stages share are read once, and each image is checked once.
 
     :param check: Check all images, or a sample of them.
     :param left_out: The subsets and sources of rows that a resumed run has left out.
@@ -51,11 +51,11 @@ def read_stages(
 
 
 def refuse_long_rows(stage: Stage[StageSettings], read: ReadRows) -> None:
-    """Check that all images of a row fit into a sequence where they share one; any image fits alone.
+    """Check that the images of a row fit into a sequence together, where they share one; a single image always fits.
 
-    Of images that were not checked, nothing is known.
+    Images that were not checked are not counted, as their sizes are unknown.
 
-    :raises UsageError: If those of a row do not.
+    :raises UsageError: If the images of a row do not fit.
     """
     images = read.rows.column("images")
     several = stage.joined_rows(read.rows) & (images > 1)
@@ -73,12 +73,12 @@ def refuse_long_rows(stage: Stage[StageSettings], read: ReadRows) -> None:
         row = read.rows[int(long[0])]
         raise UsageError(
             f"The {len(row_images(row))} images of {row.source} take {needed[long[0]]} tokens together in stage "
-            f"{stage.name}, more than max_length {limit}; set max_pixels lower or max_length higher."
+            f"{stage.name}, more than max_length {limit}; lower max_pixels or raise max_length."
         )
 
 
 def _usable(stage: Stage[StageSettings], read: ReadRows) -> ReadRows:
-    """Return the rows that a stage can use, with the number of others by subset.
+    """Return the rows that a stage can use, and the number of the others by subset.
 
     :raises UsageError: If there are none.
     """

@@ -9,7 +9,7 @@ def own_states(hidden_states: Tensor, masked: Tensor) -> Tensor:
     """Return the states at the masked tokens, which predict them in masked language modelling.
 
     :param hidden_states: ``[B, L, D]``.
-    :param masked: Where the masked tokens are in ``[B * L]``, int64 ``[masked tokens]``.
+    :param masked: The indices of the masked tokens in ``[B * L]``, int64 ``[masked tokens]``.
     :returns: ``[masked tokens, D]``.
     """
     return hidden_states.flatten(0, 1).index_select(0, masked)
@@ -19,8 +19,8 @@ def predicting_states(hidden_states: Tensor, masked: Tensor) -> Tensor:
     """Return the states that predict the masked tokens: the one before each (masked next-token prediction).
 
     :param hidden_states: ``[B, L, D]``.
-    :param masked: Where the masked tokens are in ``[B * L]``, int64 ``[masked tokens]``; never the first position of a
-        row, which has no state before it.
+    :param masked: The indices of the masked tokens in ``[B * L]``, int64 ``[masked tokens]``; never the first position
+        of a row, which has no state before it.
     :returns: ``[masked tokens, D]``.
     """
     return own_states(hidden_states, masked - 1)
@@ -29,7 +29,7 @@ def predicting_states(hidden_states: Tensor, masked: Tensor) -> Tensor:
 def masked_token_loss(logits: Tensor, targets: Tensor, *, total: float | Tensor | None = None) -> Tensor:
     """Return the mean cross-entropy in nats over masked tokens, in float32; zero where none is masked.
 
-    :param logits: ``[masked tokens, V]``, made from the states that predict them alone.
+    :param logits: ``[masked tokens, V]``, computed only from the states that predict them.
     :param targets: Ids of the masked tokens, int64 ``[masked tokens]``.
     :param total: What the sum is divided by if these are a part of a step's masked tokens; by default their count.
     """

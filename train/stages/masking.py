@@ -1,4 +1,4 @@
-"""Choose what to mask of tokens and patches, and fill masked patches: pure functions of explicit generators.
+"""Choose which tokens and patches to mask, and fill masked patches: pure functions of explicit generators.
 
 There is one generator per row: what is masked of a row depends neither on the rest of its batch nor on padding.
 """
@@ -32,7 +32,7 @@ def mask_each(eligible: Tensor, probability: Tensor | float, generators: Sequenc
     """Mask each eligible token with its ``probability``, and at least one in a row that has any.
 
     :param eligible: Tokens that may be masked, bool ``[B, L]``.
-    :param probability: Above 0; of all tokens, or of each, float ``[B, L]``.
+    :param probability: Above 0; one for all tokens, or one for each, float ``[B, L]``.
     :returns: Masked tokens, bool ``[B, L]``, a subset of ``eligible``.
     """
     draw = draw_uniform(eligible, generators)
@@ -54,11 +54,11 @@ def mask_ratio(eligible: Tensor, ratio: float, generators: Sequence[Generator]) 
 
 
 def draw_prefixes(blocks: Tensor, count: int, generators: Sequence[Generator]) -> tuple[Tensor, Tensor]:
-    """Let block B see a prefix of a row's ``<EOS>``, of 1 to ``count`` of them, as likely each.
+    """Let block B see a prefix of a row's ``<EOS>``, with a length drawn uniformly from 1 to ``count``.
 
-    :param blocks: ``Block`` of every position, int64 ``[B, L]``, with ``count`` ``<EOS>`` a row; the last is the first
-        of a prefix.
-    :returns: The blocks, where the others are unseen, and the length of each prefix, int64 ``[B]``.
+    :param blocks: ``Block`` of every position, int64 ``[B, L]``, with ``count`` ``<EOS>`` per row. A prefix starts at
+        the last of them.
+    :returns: The blocks, with the ``<EOS>`` outside the prefix unseen, and the length of each prefix, int64 ``[B]``.
     """
     lengths = torch.stack([torch.randint(1, count + 1, (), generator=own) for own in generators])
     is_eos = blocks == Block.EOS
@@ -67,7 +67,7 @@ def draw_prefixes(blocks: Tensor, count: int, generators: Sequence[Generator]) -
 
 
 def visual_places(tokens_per_image: Tensor) -> Tensor:
-    """Return which places have a visual token in a table with a row for each image: bool ``[images, most tokens]``.
+    """Return which entries of a table with one row per image are visual tokens: bool ``[images, most tokens]``.
 
     :param tokens_per_image: int64 ``[images]``, of one image or more.
     """
@@ -83,8 +83,8 @@ def fill_patches(
 ) -> Tensor:
     """Replace masked raw patches before the vision encoder sees them.
 
-    ``noise`` is drawn anew for every patch from a standard normal, the scale that image processors normalise pixels
-    to; ``zero`` is the middle of that scale; ``mean`` is each patch's own mean, so that only its detail is masked.
+    ``noise`` is drawn separately for every patch from a standard normal, the scale that image processors normalise
+    pixels to; ``zero`` is the middle of that scale; ``mean`` is each patch's own mean, so that only detail is masked.
 
     :param pixel_values: Raw patches, float ``[patches, patch_width]``.
     :param masked: bool ``[patches]``.
@@ -107,11 +107,11 @@ def fill_patches(
 def share_noise(
     pixel_values: Tensor, masked: Tensor, patches_per_image: Sequence[int], generators: Sequence[Generator]
 ) -> Tensor:
-    """Replace all masked raw patches of a row by one patch from a standard normal, another in each row.
+    """Replace all masked raw patches of a row with one patch drawn from a standard normal, a different one per row.
 
     :param pixel_values: Raw patches, float ``[patches, patch_width]``.
     :param masked: bool ``[patches]``.
-    :param generators: Of the images' rows, one for each image.
+    :param generators: One for each image: that of its row.
     :returns: A changed copy.
     """
     noise = {own: torch.randn(pixel_values.shape[1], generator=own) for own in dict.fromkeys(generators)}

@@ -24,7 +24,7 @@ def geometry_probe(
 ) -> Measure:
     """Return a probe of the geometry of a model's embeddings of pairs (``geometry``).
 
-    It measures nothing if an embedding is not finite, which the loss of the next step shows too.
+    It returns no metrics if an embedding is not finite; the loss of the next step then shows it, too.
 
     :param collate: Turns items, and whether they are documents, into inputs as at inference.
     :param embed: Runs a model on these inputs: embeddings, float ``[B, D]``.
@@ -63,15 +63,15 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 
 def pictured_rows(rows: RowTable, count: int, seed: int) -> list[Row]:
-    """Return ``draw_images`` rows in order; none for fewer than two images."""
+    """Return the rows of ``draw_images`` in order; none if there are fewer than two images."""
     found = draw_images(rows, count, seed)
     return list(rows.select(np.sort(found))) if len(found) > 1 else []
 
 
 def draw_images(rows: RowTable, count: int, seed: int) -> np.ndarray:
-    """Return the first row of each of at most ``count`` images: places in ``rows``, int64 ``[images]``.
+    """Return the index of the first row of each of at most ``count`` images, int64 ``[images]``.
 
-    If several subsets have images, the seed draws them, from each subset as many; else they are the first images.
+    If several subsets have images, the seed draws equally many from each; otherwise they are the first images.
     """
     images, firsts = np.unique(rows.column("image_id"), return_index=True)
     places = np.sort(firsts[images != 0])

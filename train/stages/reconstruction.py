@@ -1,4 +1,4 @@
-"""The forward pass of the reconstruction stages: attention masks, and the head on masked tokens only."""
+"""The forward pass of the reconstruction stages: attention masks, and the head applied to masked tokens only."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ def last_hidden_states(model: PreTrainedModel, batch: Batch, attention_mask: Ten
     The vision encoder also runs for a batch without images, so that its gradients are zero and not missing: all
     processes that share its weights must run it, with any rows.
 
-    :param batch: Of ``HostInputs``; without what it adds, the device is waited for.
+    :param batch: From ``HostInputs``; without what that adds, this waits for the device.
     """
     # Before the language model, as with images: all processes must run the parts in the same order.
     idle = None if "pixel_values" in batch else _idle_vision_pass(model)
@@ -50,7 +50,7 @@ def model_mask(model: PreTrainedModel, allowed: Tensor) -> Tensor:
 
 
 def bidirectional_model_mask(model: PreTrainedModel, attention_mask: Tensor) -> Tensor | BlockMask:
-    """Return full attention under padding (int64 ``[B, L]``) in the form that the model takes: ``[B, 1, L, L]``."""
+    """Return full attention without padding (int64 ``[B, L]``) in the form that the model takes: ``[B, 1, L, L]``."""
     if uses_flex_attention(model):
         return bidirectional_block_mask(attention_mask)
     return model_mask(model, bidirectional_mask(attention_mask))
@@ -59,7 +59,7 @@ def bidirectional_model_mask(model: PreTrainedModel, attention_mask: Tensor) -> 
 def full_model_mask(model: PreTrainedModel, attention_mask: Tensor) -> Tensor | BlockMask:
     """Return the mask of sequences without blocks (int64 ``[B, L]``) in the form that the model takes.
 
-    Every token attends to every other; in a causal model, to those before it.
+    Every token attends to every other; in a causal model, only to those before it.
     """
     if is_causal(model):
         return model_mask(model, bidirectional_mask(attention_mask).tril())
@@ -85,15 +85,15 @@ def masked_token_logits(
 ) -> Tensor:
     """Apply the language-model head only where a masked token is predicted: ``[masked tokens, V]``.
 
-    :param states_of: Returns the states that predict the masked tokens, as ``predicting_states``.
+    :param states_of: Returns the states that predict the masked tokens, as ``predicting_states`` does.
     """
     head: Any = model.get_output_embeddings()
     return head(states_of(hidden_states, masked_places(batch, "masked_tokens", "target_ids")))
 
 
 def masked_places(batch: Batch, masked: str, targets: str) -> Tensor:
-    """Return where a mask of the batch is true, as ``places``.
+    """Return where a mask of the batch is true, as ``places`` does.
 
-    Its targets say how many that are; without them, the device is waited for.
+    The number of targets says how often that is; without targets, this waits for the device.
     """
     return places(batch[masked], len(batch[targets]) if targets in batch else int(batch[masked].sum()))

@@ -1,4 +1,4 @@
-"""From rows to model inputs, for the stages that reconstruct what is masked of them."""
+"""Turn rows into model inputs, for the stages that reconstruct masked tokens and patches."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -38,7 +38,7 @@ def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: st
 
 
 def render_patches(processor: ProcessorMixin, items: Sequence[Item], *, prompt: str = "") -> Batch:
-    """Do as ``render_items``, with ``pixel_values`` before they are ``normalised``: an eighth of the bytes."""
+    """Do what ``render_items`` does, without ``normalised``: ``pixel_values`` then have an eighth of the bytes."""
     tokenizer, pixels = processor.tokenizer, {}
     limit, special = tokenizer.model_max_length, special_tokens(tokenizer)
     family = family_of_images(processor)
@@ -66,7 +66,7 @@ def render_patches(processor: ProcessorMixin, items: Sequence[Item], *, prompt: 
 
 
 def row_images(row: Row) -> tuple[ItemImage, ...]:
-    """Return the images of query and positive, the query's first, each once."""
+    """Return the distinct images of query and positive, the query's first."""
     return tuple(dict.fromkeys(row.query.images + row.positive.images))
 
 
@@ -103,7 +103,7 @@ def ordinary_tokens(batch: Batch, processor: ProcessorMixin) -> Tensor:
 
 
 def text_tokens(batch: Batch, processor: ProcessorMixin) -> Tensor:
-    """Return ``ordinary_tokens`` without a row's first, which no state precedes: for masked next-token prediction."""
+    """Return ``ordinary_tokens`` for masked next-token prediction: without a row's first, which no state precedes."""
     is_text = ordinary_tokens(batch, processor)
     is_text[:, 0] = False
     return is_text
@@ -115,7 +115,7 @@ def is_special(input_ids: Tensor, processor: ProcessorMixin) -> Tensor:
 
 
 def replace_masked(batch: Batch, masked: Tensor, mask_token_id: int) -> Batch:
-    """Replace masked tokens by the mask token; add ``masked_tokens`` ``[B, L]`` and ``target_ids`` ``[masked]``."""
+    """Replace masked tokens with the mask token; add ``masked_tokens`` ``[B, L]`` and ``target_ids`` ``[masked]``."""
     return {
         **batch,
         "input_ids": batch["input_ids"].masked_fill(masked, mask_token_id),

@@ -39,13 +39,13 @@ def stage_samples(
 ) -> dict[str, Any] | None:
     """Return the samples of a reconstruction stage that has ended; None for other stages, and in other processes.
 
-    Every process calls it; if the weights are sharded, all run the model. It draws from no generator that training
-    uses. Samples that cannot be made (an image is gone, memory is full) do not end the run: ``failure`` says why, and
-    a warning too. Only a failure inside a sharded model ends it, as the other processes would wait for ever.
+    Every process calls it; if the weights are sharded, all of them run the model. It draws from no generator that
+    training uses. If samples cannot be made (an image is gone, memory is full), the run continues: ``failure`` says
+    why, and so does a warning. Only a failure inside a sharded model ends it: the other processes would wait forever.
 
     :param rows: All rows of the stage.
-    :param held_out: The places of those held out of training; they are shown if there are any.
-    :returns: As ``Stage.samples``, and ``held_out``: the stage was not trained on these rows.
+    :param held_out: The indices of the rows held out of training; these are shown if there are any.
+    :returns: What ``Stage.samples`` returns, and ``held_out``: whether the stage was not trained on these rows.
     """
     is_writer, is_sharded = trainer.is_world_process_zero(), trainer.is_fsdp_enabled
     if not (stage.has_samples and (is_writer or is_sharded)):
@@ -75,7 +75,7 @@ def stage_samples(
 def sample_batches(
     trainer: CocoaTrainer, settings: StageSettings, rows: Sequence[Row]
 ) -> list[tuple[Batch, list[Row]]]:
-    """Return the rows in batches as large as those that a device trains on at once: what fits there fits here."""
+    """Return the rows in batches of the size that a device trains on at once, which is known to fit into memory."""
     described: Any = trainer.data_collator
     of_device = max(1, settings.batch_size // trainer.accelerator.num_processes)
     parts = batched(numbered(rows), settings.rows_at_once(of_device))
@@ -89,7 +89,7 @@ def _run(
     batches: Sequence[tuple[Batch, list[Row]]],
 ) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    register_fsdp_forward_method(model, "predict")  # gathers the weights as a forward pass would; else does nothing
+    register_fsdp_forward_method(model, "predict")  # gathers sharded weights, as a forward pass does
     with trainer.accelerator.autocast(), torch.no_grad():
         parts = [stage.samples(model, processor, batch, rows) for batch, rows in batches]
     lists = [name for name in parts[0] if name != "mask"]
@@ -101,10 +101,10 @@ def token_samples(
 ) -> list[dict[str, Any]]:
     """Return the text tokens of each row of a batch, and what a model predicts for those that are masked.
 
-    :param logits: Of the masked tokens, ``[masked tokens, V]``.
+    :param logits: The logits of the masked tokens, ``[masked tokens, V]``.
     :param images: All images of the batch.
     :returns: For each row ``tokens``, ``masked`` (a flag per token), ``predicted`` (the token itself if it is not
-        masked) and ``image``, the row's first.
+        masked) and ``image``, the row's first image.
     """
     masked = batch["masked_tokens"]
     truth, predicted = batch["input_ids"].clone(), batch["input_ids"].clone()
@@ -124,9 +124,9 @@ def token_samples(
 
 
 def token_texts(ids: Tensor, processor: ProcessorMixin) -> list[str]:
-    """Return the text of each token: as it is spelt if it is half a character, and empty for an unknown id.
+    """Return the text of each token: its raw spelling if it is part of a character, and nothing for an unknown id.
 
-    Qwen's heads are wider than its tokenizer, so that they can predict an id that it lacks.
+    Qwen's heads are wider than its vocabulary, so they can predict an id that the tokenizer lacks.
     """
     spelt = [token or "" for token in processor.tokenizer.convert_ids_to_tokens(ids)]
     texts = [processor.tokenizer.convert_tokens_to_string([token]) for token in spelt]
@@ -136,7 +136,7 @@ def token_texts(ids: Tensor, processor: ProcessorMixin) -> list[str]:
 def shown_images(batch: Batch, pixels: Tensor, geometry: PatchGeometry, processor: ProcessorMixin) -> list[str]:
     """Return the images of a batch as data URIs.
 
-    :param pixels: In the order of the batch's ``pixel_values``, ``[patches, patch_width]``.
+    :param pixels: Pixel values in the order of the batch's ``pixel_values``, ``[patches, patch_width]``.
     """
     if "image_grid_thw" not in batch:
         return []
@@ -146,10 +146,10 @@ def shown_images(batch: Batch, pixels: Tensor, geometry: PatchGeometry, processo
 
 
 def patches_to_image(patches: Tensor, grid: Tensor, geometry: PatchGeometry, processor: ProcessorMixin) -> Image.Image:
-    """Put the raw patches of one image together again.
+    """Assemble an image from its raw patches.
 
-    :param patches: ``[grid_t * grid_h * grid_w, patch_width]``, in the order of ``pixel_values``: the patches behind
-        one visual token stand together.
+    :param patches: ``[grid_t * grid_h * grid_w, patch_width]``, in the order of ``pixel_values``: the patches of one
+        visual token are adjacent.
     :param grid: The image's row of ``image_grid_thw``, int64 ``[3]``.
     """
     _, height, width = grid.tolist()

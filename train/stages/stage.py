@@ -1,4 +1,4 @@
-"""What a stage is: everything that distinguishes it from the others, behind one interface."""
+"""The interface of a stage: everything that distinguishes it from the other stages."""
 
 import math
 from abc import ABC, abstractmethod
@@ -53,7 +53,7 @@ class Stage(ABC, Generic[Own]):
     """Whether images come to the device as uint8 patches of one frame, not as float32 ones of all."""
 
     needs: ClassVar[str] = ""
-    """What rows that the stage cannot use lack, and what to do."""
+    """What the rows that the stage cannot use lack, and what to do."""
 
     accumulates: ClassVar[bool] = True
     """Whether mini-batches are steps of the trainer, which adds up their gradients."""
@@ -75,7 +75,7 @@ class Stage(ABC, Generic[Own]):
         """
 
     def usable(self, rows: RowTable) -> np.ndarray:
-        """Return which rows the stage can use, bool ``[rows]``; the others are left out of it, and counted."""
+        """Return which rows the stage can use, bool ``[rows]``; the others are left out and counted."""
         return np.ones(len(rows), dtype=bool)
 
     def check_rows(self, rows: RowTable) -> None:
@@ -85,11 +85,11 @@ class Stage(ABC, Generic[Own]):
         """
 
     def joined_rows(self, rows: RowTable) -> np.ndarray:
-        """Return the rows of which one sequence has all images, query's and positive's, bool ``[rows]``."""
+        """Return which rows have all images of query and positive in one sequence, bool ``[rows]``."""
         return np.ones(len(rows), dtype=bool)
 
     def row_warnings(self, rows: RowTable) -> list[str]:
-        """Return a sentence, with what to change, for each thing that is unusual about these rows."""
+        """Return a sentence about everything that is unusual about these rows, each with what to change."""
         return []
 
     # How rows make steps
@@ -113,11 +113,11 @@ class Stage(ABC, Generic[Own]):
         return max(steps, self.settings.min_steps or 1)
 
     def step_contents(self, rows: RowTable) -> list[dict[str, Any]]:
-        """Return what a step holds, if its rows are of one ``subset``: an entry for each, with ``rows_a_step``."""
+        """Return what a step holds for each ``subset``, with ``rows_a_step``, if a step has rows of one subset only."""
         return []
 
     def micro_batches(self, devices: int) -> tuple[int, int]:
-        """Return how many rows all devices take at once, and how many times that makes a step.
+        """Return how many rows all devices take at once, and how many of these micro-batches make a step.
 
         :raises UsageError: If the batch cannot be divided like this.
         """
@@ -134,22 +134,22 @@ class Stage(ABC, Generic[Own]):
         return at_once, total // at_once
 
     def sizes_at_once(self, devices: int) -> Sequence[int]:
-        """Return what a device may run at once, in rows, the largest first; memory decides."""
+        """Return the sizes that a device may run at once, in rows, largest first; memory decides between them."""
         return self.settings.sizes_at_once(self.settings.batch_size // devices)
 
     def sequences_at_once(self, devices: int, longest: int = 1, size: int | None = None) -> int:
         """Return how many sequences, of which the longest has ``longest`` tokens, a device runs in one forward pass.
 
-        :param size: Of ``sizes_at_once``; by default the one where memory does not decide.
+        :param size: One of ``sizes_at_once``; by default the one that is used where memory does not decide.
         """
         return size or self.micro_batches(devices)[0] // devices
 
     def kind_at_once(self, *, with_image: bool) -> str:
-        """Return what sequences are counted in: those of one kind are run together, and have a size."""
+        """Return the unit in which sequences are counted; those with the same unit run together, at the same size."""
         return "rows"
 
     def held_out(self, rows: RowTable) -> tuple[np.ndarray, np.ndarray]:
-        """Return the places of the rows held out of training, to measure on, and of those to train on, int64."""
+        """Return the indices of the rows held out of training, to measure on, and of those to train on, int64."""
         return np.arange(0), np.arange(len(rows))
 
     # Costs
@@ -159,7 +159,7 @@ class Stage(ABC, Generic[Own]):
         """Return the sequences that a step makes of one row, each as its own batch."""
 
     def alike(self, row: Row) -> list[Row]:
-        """Return for each sequence of a row a row of which all sequences are like it."""
+        """Return, for each sequence of a row, a row all of whose sequences are like it."""
         return [row]
 
     # Training
@@ -167,7 +167,7 @@ class Stage(ABC, Generic[Own]):
     def attention(self) -> str:
         """Return the attention implementation on this machine.
 
-        :raises UsageError: If the recipe's cannot be trained here.
+        :raises UsageError: If the recipe's implementation cannot be trained here.
         """
         asked = self.run.attn_implementation
         if not self.run.bidirectional and asked == FLEX:
@@ -177,7 +177,7 @@ class Stage(ABC, Generic[Own]):
         return asked
 
     def arguments(self, *, steps: int, folder: Path, layers: Sequence[str] = ()) -> dict[str, Any]:
-        """Return the stage's ``TrainingArguments`` as keywords.
+        """Return the keyword arguments of the stage's ``TrainingArguments``.
 
         :param folder: Where checkpoints go.
         :param layers: The class names of the layers that sharding does not split.
@@ -196,14 +196,14 @@ class Stage(ABC, Generic[Own]):
 
     @property
     def shown_metrics(self) -> Mapping[str, str]:
-        """The logged metrics to show beside the progress bar, and their labels."""
+        """The logged metrics to show next to the progress bar, and their labels."""
         return {"loss": "loss"}
 
     @abstractmethod
     def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> CocoaTrainer:
         """Return the trainer of the stage, which changes the weights of ``backbone`` in place.
 
-        :param rows: All rows of the stage, those held out too.
+        :param rows: All rows of the stage, those held out included.
         """
 
     def save(self, trainer: CocoaTrainer, processor: ProcessorMixin, folder: Path) -> None:
@@ -215,7 +215,7 @@ class Stage(ABC, Generic[Own]):
         if not trainer.is_world_process_zero():
             return
         if state is not None:
-            # Of tied weights only the first name, as a model that is not sharded is saved.
+            # Tied weights are saved under their first name only, as in a model that is not sharded.
             own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
             gathered = {name.removeprefix("backbone."): value for name, value in state.items()}
             state = {name: value for name, value in gathered.items() if name in own}
@@ -231,16 +231,16 @@ class Stage(ABC, Generic[Own]):
     def weights_remedies(self) -> list[str]:
         """Return what to change in the recipe when weights, gradients and optimiser states leave no memory."""
         remedies = []
-        if self.settings.adapter is None:  # which cannot be sharded
+        if self.settings.adapter is None:  # adapters cannot be sharded
             remedies.append(f"train adapters ({self.name}.adapter.kind=dora)")
             if self.can_shard and self.run.sharding == "none":
                 remedies.append("shard them over several devices (sharding=fsdp2)")
         return [*remedies, self.memory_remedy()]
 
     def trials(self, trainer: CocoaTrainer, rows: RowTable) -> list[Trial]:
-        """Return what a device may run at once, to be tried on its memory: here, the rows of a micro-batch.
+        """Return the sizes to try on a device's memory: here, the rows of a micro-batch.
 
-        :param rows: The rows of the stage; the longest and those with the most images are the worst.
+        :param rows: The rows of the stage; the longest, and those with the most images, need the most memory.
         """
         texts, images = rows.column("query_text") + rows.column("positive_text"), rows.column("images")
         worst = [rows[int(place)] for place in {texts.argmax(), np.lexsort((texts, images))[-1]}]
@@ -263,15 +263,15 @@ class Stage(ABC, Generic[Own]):
         return [Trial(self.kind_at_once(with_image=True), sizes, run, use, self.enough_at_once)]
 
     def run_whole(self, trainer: CocoaTrainer, tokens: int) -> None:
-        """Let the trainer run batches without cutting them, whose columns have ``tokens``, padding included."""
+        """Make the trainer run a batch whole, whose columns have ``tokens`` tokens each, padding included."""
 
     def samples(self, model: Any, processor: ProcessorMixin, batch: Batch, rows: Sequence[Row]) -> dict[str, Any]:  # noqa: ANN401
-        """Return what the report shows of the stage, as JSON takes it: what ``model`` predicts in a batch of ``rows``.
+        """Return what the report shows of the stage, as JSON values: what ``model`` predicts in a batch of ``rows``.
 
-        Only a stage that ``has_samples`` has this.
+        Only a stage that ``has_samples`` implements this.
         """
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """Return what the model card says of the stage: ``description``, a text, and ``matryoshka_dims``."""
+        """Return what the model card says about the stage: ``description``, a text, and ``matryoshka_dims``."""
         return {}

@@ -1,4 +1,4 @@
-"""What a frozen vision encoder makes of images: computed once a step, and kept in a folder for later epochs."""
+"""The image features of a frozen vision encoder: computed once per step, and kept in a folder for later epochs."""
 
 import hashlib
 import logging
@@ -32,13 +32,13 @@ logger = logging.getLogger(__name__)
 class FrozenVision:
     """Runs a frozen vision encoder only for images that are not known, in place of ``Family.run_vision``.
 
-    Images are known by their ``image_digests`` and by the dtype of matrix products. If none of a batch is known, all
-    run as they would without this, so that the features are equal bit for bit; else only those that are not known run,
-    and the order of sums may differ.
+    Images are identified by their ``image_digests`` and the dtype of matrix products. If no image of a batch is known,
+    all run as they would without this class, so that the features are equal bit for bit; otherwise only the unknown
+    ones run, and the order of sums may differ.
 
     :param model: The model, whose vision encoder is not trained. It keeps its class and its weights.
     :param remembers: Keep the features until ``forget``, on their device.
-    :param store: Where features are kept for longer.
+    :param store: Where features are kept beyond a step.
     """
 
     def __init__(self, model: PreTrainedModel, *, remembers: bool, store: "FeatureStore | None" = None) -> None:
@@ -49,14 +49,14 @@ class FrozenVision:
         setattr(base, REMEMBERED, self)
 
     def forget(self) -> None:
-        """Free the features of the step before."""
+        """Free the features of the previous step."""
         self._known.clear()
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> Seen:
         """Return the features of images, as ``Family.run_vision`` does.
 
-        :param batch: Of ``HostInputs``; without ``image_digests``, all images run.
+        :param batch: From ``HostInputs``; without ``image_digests``, all images run.
         """
         if "image_digests" not in batch:
             return self._family.run_vision(self._model, batch)
@@ -68,7 +68,7 @@ class FrozenVision:
         found = [self._known.get(key) or self._read(key, pixels.device) for key in keys]
         if missing := [place for place, features in enumerate(found) if not features]:
             patches = grids.prod(dim=1).tolist()
-            if len(missing) < len(found):  # what is prepared of positions is of all images
+            if len(missing) < len(found):  # the position inputs of the batch are for all images
                 some = torch.cat([pixels.split(patches)[place] for place in missing])
                 made = self._family.image_inputs(grids[missing].cpu())
                 batch = {"pixel_values": some, **on_device(self._model, made)}
@@ -85,18 +85,18 @@ class FrozenVision:
         return Seen(features, tuple(of_layers))
 
     def _read(self, key: str, device: torch.device) -> list[Tensor]:
-        """Return the kept features of an image; none if there are none."""
+        """Return the stored features of an image, an empty list if there are none."""
         return [] if self._store is None else [each.to(device) for each in self._store.read(key)]
 
 
 class FeatureStore:
-    """Features of images in a folder that processes and runs may share: one file an image, for one encoder's weights.
+    """Features of images in a folder that processes and runs may share: one file per image, for one encoder's weights.
 
-    At the start, entries of other weights are removed, the oldest first, while the folder is more than half full; other
-    files neither count nor go. A full folder takes no more: every epoch reads all images, and new entries would drive
-    out those that are needed next.
+    At the start, entries of other weights are removed, oldest first, while the folder is more than half full; other
+    files are neither counted nor removed. A full folder takes no more entries: every epoch reads all images, so new
+    entries would evict those that are needed next.
 
-    :param limit: The most bytes of the folder.
+    :param limit: The maximum size of the folder in bytes.
     """
 
     def __init__(self, folder: Path, limit: float, visual: nn.Module) -> None:
@@ -110,7 +110,7 @@ class FeatureStore:
         self.room = (limit - size) / PartialState().num_processes
 
     def read(self, key: str) -> list[Tensor]:
-        """Return the features of an image, on the CPU; none if there are none, or they are broken."""
+        """Return the features of an image, on the CPU; an empty list if there are none, or they are broken."""
         try:
             content = self._path(key).read_bytes()
         except OSError:
@@ -133,7 +133,7 @@ class FeatureStore:
             self.room -= len(content)
         except OSError as error:
             self.room = 0
-            logger.warning("vision_cache takes no more: %s cannot be written (%s)", path.parent, error.strerror)
+            logger.warning("vision_cache takes no more entries: %s cannot be written (%s)", path.parent, error.strerror)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / key
@@ -144,7 +144,7 @@ def _checksum(content: bytes) -> bytes:
 
 
 def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
-    """Yield time, size and path of each file of ``ENTRIES``, those that a kill has left half-written too."""
+    """Yield time, size and path of each file of ``ENTRIES``, including those left half-written by a kill."""
     for path in folder.glob(ENTRIES):
         with suppress(FileNotFoundError):  # another process removes it
             if path.is_file() and path.name.startswith(path.parent.name):
@@ -162,7 +162,7 @@ def weights_fingerprint(module: nn.Module) -> str:
 def share_frozen_vision(model: PreTrainedModel, run: RunSettings, *, remembers: bool) -> FrozenVision | None:
     """Return the ``FrozenVision`` of a model's vision encoder, None if it would keep nothing.
 
-    Sharded weights are gathered by all processes together, so none of them may leave the encoder out.
+    It is also None for sharded weights: all processes gather them together, so none may skip the encoder.
     """
     if run.sharding != "none" or not (remembers or run.vision_cache):
         return None

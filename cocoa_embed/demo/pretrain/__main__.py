@@ -1,4 +1,4 @@
-"""``python -m cocoa_embed.demo.pretrain``: make a backbone from parts, as a captioner of scenes or of photographs."""
+"""``python -m cocoa_embed.demo.pretrain``: build a backbone from parts, as a captioner of scenes or photographs."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ def pretrain_backbone(
     teacher: Annotated[Path | None, typer.Option(help="A .pt2 program whose features the vision stage learns.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out, if any.")] = False,
 ) -> None:
-    """Make a backbone from parts: build a Qwen2-VL and train it as a captioner."""
+    """Build a backbone from parts: assemble a Qwen2-VL and train it as a captioner."""
     with working():
         require("yaml", "train")
         from cocoa_embed.demo.pretrain.settings import read_settings

@@ -1,4 +1,4 @@
-"""What a captioner learns from: drawn scenes without end, or the images of a folder, varied from epoch to epoch."""
+"""The training data of a captioner: endless drawn scenes, or the images of a folder, varied from epoch to epoch."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -52,14 +52,14 @@ class CaptionedScenes(IterableDataset[Example]):
 
 @dataclass(frozen=True)
 class CaptionedImages(Dataset[Example]):
-    """The images of a folder, decoded once and kept in memory, by their draws.
+    """The images of a folder, decoded once and kept in memory, indexed by draws.
 
-    An epoch takes another caption of each image, and another crop: both depend on seed, image and epoch alone.
+    Each epoch takes another caption of each image, and another crop: both depend only on seed, image and epoch.
 
     :param images: uint8 ``[3, H, W]``, the shorter side at most ``KEPT_SIZE`` times ``size``.
     :param captions: The captions of each image.
     :param size: The side of the square images that come out.
-    :param fingerprint: Of the captions and the images' names, as of the rows of a training run.
+    :param fingerprint: The fingerprint of the captions and the images' names, computed as for the rows of a run.
     """
 
     images: Sequence[Tensor]
@@ -73,7 +73,7 @@ class CaptionedImages(Dataset[Example]):
         return len(self.images)
 
     def __getitem__(self, draw: Draw) -> Example:
-        """Return an image as it is drawn in an epoch."""
+        """Return an image with the crop and the caption of an epoch."""
         generator = random.Random(f"{self.seed}/{draw.row}/{draw.epoch}")
         image = vary(self.images[draw.row], self.size, self.augmentation, generator)
         texts = self.captions[draw.row]
@@ -85,7 +85,7 @@ class CaptionedImages(Dataset[Example]):
         return {"image": image, "text": self.captions[row][0], "words": self.words(row)}
 
     def words(self, row: int) -> str:
-        """Return all captions of an image, a line each."""
+        """Return all captions of an image, one per line."""
         return "\n".join(self.captions[row])
 
     def all_words(self) -> Iterator[str]:
@@ -97,7 +97,7 @@ def read_images(folder: Path, size: int, augmentation: AugmentationSettings, see
                 limit: int | None = None) -> CaptionedImages:  # fmt: skip
     """Read an image folder, with all captions of each image.
 
-    :param limit: Draw only so many images, by the seed.
+    :param limit: Read only this many images, drawn by the seed.
     :raises CocoaError: If the folder has no captions, or an image or a caption cannot be used.
     """
     texts: dict[Path, list[str]] = {}
@@ -121,7 +121,7 @@ def decode(path: Path, shorter_side: int) -> Tensor:
 
 
 def vary(image: Tensor, size: int, settings: AugmentationSettings, generator: random.Random) -> Tensor:
-    """Return a random crop of an image, resized to a square, with other colours: uint8 ``[3, size, size]``."""
+    """Return a random crop of an image, resized to a square, with jittered colours: uint8 ``[3, size, size]``."""
     height, width = image.shape[1:]
     area = height * width * generator.uniform(settings.scale, 1)
     ratio = 2 ** generator.uniform(-0.4, 0.4)  # from 3:4 to 4:3
@@ -160,11 +160,11 @@ def held_out_pairs(images: CaptionedImages) -> dict[str, list[Example]]:
 
 
 def refuse_overlap(training: CaptionedImages, held_out: CaptionedImages, names: tuple[str, str]) -> None:
-    """Check that no image of ``held_out`` is one of ``training``, under whatever name.
+    """Check that no image of ``held_out`` is also in ``training``, under any name.
 
     :raises CocoaError: If one is.
     """
     known = {hash(image.numpy().tobytes()) for image in training.images}
     if shared := sum(hash(image.numpy().tobytes()) in known for image in held_out.images):
         raise CocoaError(f"{shared} of the {len(held_out)} images to hold out, in {printable(names[1])}, are also in "
-                         f"{printable(names[0])}, which is trained on; hold out others.")  # fmt: skip
+                         f"{printable(names[0])}, which is trained on; hold out other images.")  # fmt: skip

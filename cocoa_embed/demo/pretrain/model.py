@@ -20,16 +20,16 @@ from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.model.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 
 LANGUAGE_MODELS = ("llama", "qwen2")
-"""Families that are Qwen2-VL's language model but for biases of the attention, which may be zero."""
+"""Families that equal Qwen2-VL's language model except for the biases of the attention, which may be zero."""
 
 OWN_KEYS = {"model_type", "architectures", "transformers_version", "dtype", "vocab_size", "rope_parameters"}
-"""Keys of a language model's config that Qwen2-VL's has its own values of."""
+"""Keys of a language model's config for which Qwen2-VL's config has its own values."""
 
 PROBE = "Two dogs run on a beach, and a man in a red shirt watches them."
 
 
 class LanguageModel(NamedTuple):
-    """A language model inside a Qwen2-VL: the whole, its tokenizer, and the ids of tokens that it did not have."""
+    """A language model inside a Qwen2-VL: the whole model, its tokenizer, and the ids of tokens that were added."""
 
     model: Qwen2VLForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
@@ -55,10 +55,10 @@ def build_model(tokenizer: PreTrainedTokenizerBase, sizes: ModelSettings) -> Qwe
 def embed_language_model(folder: Path, sizes: ModelSettings) -> LanguageModel:
     """Put a language model on disk inside a Qwen2-VL with a random vision encoder.
 
-    Qwen's special tokens are added where its tokenizer lacks them, at the mean of its embeddings. The logits of texts
-    are those of the language model: M-RoPE of a text is plain RoPE, and biases that it does not have are zero.
+    Qwen's special tokens are added if its tokenizer lacks them; their embeddings are the mean of all others. The logits
+    of texts are those of the language model: M-RoPE of a text is plain RoPE, and biases that it lacks are zero.
 
-    :raises UsageError: If it is of a family that Qwen2-VL's language model cannot be.
+    :raises UsageError: If its architecture does not fit into a Qwen2-VL.
     :raises CocoaError: If it cannot be loaded.
     """
     name = printable(folder)
@@ -67,7 +67,7 @@ def embed_language_model(folder: Path, sizes: ModelSettings) -> LanguageModel:
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type not in LANGUAGE_MODELS:
-            raise UsageError(f"{name} is a {config.model_type!r} model; a language model can be "
+            raise UsageError(f"{name} is a {config.model_type!r} model; --language-model takes "
                              f"{' or '.join(LANGUAGE_MODELS)}.")  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(folder)
         original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -93,7 +93,7 @@ def embed_language_model(folder: Path, sizes: ModelSettings) -> LanguageModel:
         raise UsageError(f"{name} does not fit into a Qwen2-VL ({one_line(error)}).") from error
     if not (largest := difference.abs().max().item()) <= 1e-3 * expected.abs().max().item():
         raise UsageError(f"{name} does not fit into a Qwen2-VL: the logits of a text differ by up to {largest:.2g}, so "
-                         "its config has something that Qwen2-VL's has not.")  # fmt: skip
+                         "its config has something that Qwen2-VL's lacks.")  # fmt: skip
     return LanguageModel(model.train(), tokenizer, new_tokens)
 
 
@@ -101,14 +101,14 @@ TEXT_KEYS = Qwen2VLTextConfig().to_dict().keys() - OWN_KEYS
 
 
 def matrix_rows(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the rows of an embedding matrix, a multiple of 64 with room for a mask token."""
+    """Return the number of rows of an embedding matrix, a multiple of 64 with room for a mask token."""
     return -(-(len(tokenizer) + 1) // 64) * 64
 
 
 def _around(
     text: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sizes: ModelSettings, *, tied: bool
 ) -> Qwen2VLForConditionalGeneration:
-    """Return a Qwen2-VL with random weights around a language model of the config ``text``."""
+    """Return a Qwen2-VL with random weights, whose language model has the config ``text``."""
     ids = tokenizer.get_vocab()
     half = text["hidden_size"] // text["num_attention_heads"] // 2
     sections = [half // 4, half * 3 // 8, half - half // 4 - half * 3 // 8]
@@ -140,7 +140,7 @@ def _around(
 
 @torch.no_grad()
 def _load_language_model(model: Qwen2VLForConditionalGeneration, original: Any, new_tokens: list[int]) -> None:  # noqa: ANN401
-    """Copy the weights; rows of tokens that the original does not have are the mean of its rows."""
+    """Copy the weights; the rows of tokens that the original lacks are the mean of its rows."""
 
     def widened(rows: torch.Tensor) -> torch.Tensor:
         wide = rows.mean(0).repeat(model.lm_head.out_features, 1)

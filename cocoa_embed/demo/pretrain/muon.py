@@ -8,23 +8,23 @@ from torch import Tensor, nn
 from cocoa_embed.errors import UsageError
 
 LAYERS = ("visual.", "language_model.layers.")
-"""Where the matrices that Muon updates are; embeddings and the heads of a stage are AdamW's."""
+"""Names of the modules whose matrices Muon updates; AdamW updates embeddings and the heads of a stage."""
 
 
 def require_muon() -> None:
     """Check that torch has Muon.
 
-    :raises UsageError: If it has not.
+    :raises UsageError: If it does not.
     """
     if not hasattr(torch.optim, "Muon"):
-        raise UsageError(f"muon_learning_rate needs torch 2.9, and this is {torch.__version__}; set it to null.")
+        raise UsageError(f"muon_learning_rate needs torch 2.9, but this is {torch.__version__}; set it to null.")
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """AdamW, and Muon (Jordan et al. 2024) with updates that are as large as AdamW's at the same learning rate.
+    """AdamW, and Muon (Jordan et al. 2024) with updates as large as AdamW's at the same learning rate.
 
     :param model: Its parameters that require gradients are optimised.
-    :param decayed: Names of the parameters that decay.
+    :param decayed: Names of the parameters with weight decay.
     :param rates: The learning rates of AdamW and of Muon.
     """
 
@@ -58,6 +58,6 @@ class MuonAndAdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of both."""
+        """Restore the state of both optimizers."""
         super().load_state_dict(state_dict)
         self._share()

@@ -1,4 +1,4 @@
-"""Runs a pretraining: reads the data, builds the model, trains its stages one after the other, writes the backbone."""
+"""Run a pretraining: read the data, build the model, train its stages one after the other, write the backbone."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ from cocoa_embed.train.loop.checkpoints import newest_complete
 from cocoa_embed.train.loop.trainer import WEIGHTS
 
 MARKER = "pretraining.json"
-"""Holds the settings of a run, the fingerprints of its rows, and whether it is finished; marks its folder."""
+"""A file with the settings of a run, the fingerprints of its rows, and whether it is finished; it marks its folder."""
 
 CHECKPOINTS = "checkpoints"
 SAVE_MINUTES = 10
@@ -53,9 +53,10 @@ SAVE_MINUTES = 10
 class Parts(NamedTuple):
     """What the stages of a run share.
 
-    :param new_tokens: Ids of tokens that the language model on disk did not have.
-    :param words: What the vision encoder learns of captions, if it has a stage; and ``teacher``, of images.
-    :param fingerprints: Of the rows of ``--data`` and of ``--held-out``.
+    :param new_tokens: The ids of tokens that the language model on disk did not have.
+    :param words: The words of captions that the vision encoder learns, if it has a stage.
+    :param teacher: The features of images that it learns, if there is a teacher.
+    :param fingerprints: The fingerprints of the rows of ``--data`` and ``--held-out``.
     """
 
     model: Qwen2VLForConditionalGeneration
@@ -69,13 +70,13 @@ class Parts(NamedTuple):
 
 
 def pretrain(settings: PretrainSettings, out: Path, *, resume: bool = False) -> None:
-    """Make a backbone and write it to ``out``: bfloat16 safetensors, processor and config, beside ``log.jsonl``.
+    """Make a backbone and write it to ``out``: bfloat16 safetensors, processor and config, and ``log.jsonl``.
 
-    With ``held_out``, the weights are those with the lowest loss on it, and those of the last step, where they are
-    others, are in ``last``.
+    With ``held_out``, the weights are those with the lowest loss on it; if those of the last step differ, they are in
+    ``last``.
 
-    :param resume: Continue the interrupted run in ``out``, if there is one; a finished one stays as it is.
-    :raises UsageError: If the settings contradict each other, or the interrupted run had others or other rows.
+    :param resume: Continue the interrupted run in ``out``, if there is one; a finished run does not change.
+    :raises UsageError: If the settings contradict each other, or the interrupted run had other settings or rows.
     :raises Stopped: If SIGTERM or Ctrl-C has stopped the run; it can be resumed.
     :raises CocoaError: If data, model, teacher or folder cannot be used.
     """
@@ -89,13 +90,13 @@ def pretrain(settings: PretrainSettings, out: Path, *, resume: bool = False) -> 
 
 
 def _train_stages(settings: PretrainSettings, request: dict[str, Any], earlier: dict[str, Any], out: Path) -> None:
-    """Begin a run, or continue an ``earlier`` one that is not finished, and write its backbone."""
+    """Start a run, or continue an ``earlier`` one that is not finished, and write its backbone."""
     set_seed(settings.seed)
     parts = _build(settings)
     if not earlier:
         claim_folder(out, marker=MARKER)
         _record(out, request, rows=parts.fingerprints)
-    elif earlier.get("rows", parts.fingerprints) != parts.fingerprints:  # earlier versions have not kept them
+    elif earlier.get("rows", parts.fingerprints) != parts.fingerprints:  # earlier versions did not record them
         raise UsageError(f"The captions or the images of the run in {printable(out)} have changed since it began; "
                          "restore them, or leave out --resume to begin again.")  # fmt: skip
     for name in settings.stages:
@@ -130,14 +131,14 @@ def _check(settings: PretrainSettings, out: Path) -> None:
     if settings.teacher is not None and not settings.vision.steps:
         raise UsageError("--teacher is for the vision stage, which has no steps; set vision.steps.")
     if settings.teacher is not None and settings.data == SCENES:
-        raise UsageError("--teacher needs a folder of images as --data: scenes are drawn anew in each step.")
+        raise UsageError("--teacher needs a folder of images as --data: scenes are drawn afresh in each step.")
     if settings.connector.steps and settings.language_model is None:
         raise UsageError("The connector stage freezes the language model, which is random without --language-model; "
                          "give one, or set connector.steps=0.")  # fmt: skip
 
 
 def _earlier_run(out: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Return what ``MARKER`` says of the run in ``out``, empty if there is none.
+    """Return the content of ``MARKER`` for the run in ``out``, empty if there is none.
 
     :raises UsageError: If the run had other settings.
     """
@@ -145,8 +146,8 @@ def _earlier_run(out: Path, request: dict[str, Any]) -> dict[str, Any]:
         return {}
     earlier: dict[str, Any] = json.loads((out / MARKER).read_text(encoding="utf-8") or "{}")
     if other := [key for key in request if earlier and earlier.get(key) != request[key]]:
-        raise UsageError(f"The run in {printable(out)} had another {' and another '.join(other)} (see {MARKER} there); "
-                         "give the same, or leave out --resume to begin again.")  # fmt: skip
+        raise UsageError(f"The run in {printable(out)} had other values of {' and '.join(other)} (see {MARKER} there); "
+                         "give the same values, or leave out --resume to begin again.")  # fmt: skip
     return earlier
 
 
@@ -157,7 +158,7 @@ def _build(settings: PretrainSettings) -> Parts:
     images = None if data == SCENES else read_images(Path(data), size, varied, seed)
     unseen = None if held_out is None else read_images(held_out, size, varied, seed, settings.held_out_images)
     if unseen and len(unseen) < 2:
-        raise CocoaError(f"{printable(str(held_out))} has one image; the measure needs two, to confuse them.")
+        raise CocoaError(f"{printable(str(held_out))} has one image; measuring needs at least two, to swap them.")
     if unseen and images:
         refuse_overlap(images, unseen, (data, str(held_out)))
     new_tokens: list[int] = []
@@ -252,7 +253,7 @@ def training_arguments(name: str, settings: PretrainSettings, folder: Path) -> T
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
-        # The dispatcher would cut pixel_values, which has a row for each patch, to the number of captions.
+        # The dispatcher would cut pixel_values, which have a row for each patch, to the number of captions.
         accelerator_config={"dispatch_batches": False},
         seed=settings.seed,
     )
@@ -260,9 +261,9 @@ def training_arguments(name: str, settings: PretrainSettings, folder: Path) -> T
 
 @contextmanager
 def frozen_language_model(model: Qwen2VLForConditionalGeneration, new_tokens: Sequence[int]) -> Iterator[list[str]]:
-    """Let only the vision encoder and the embeddings of new tokens learn.
+    """Train only the vision encoder and the embeddings of new tokens inside the block.
 
-    :returns: The names of parameters that weight decay has to leave alone, since most of their rows are frozen.
+    :returns: The names of parameters to exclude from weight decay, since most of their rows are frozen.
     """
     model.requires_grad_(False)
     model.model.visual.requires_grad_(True)

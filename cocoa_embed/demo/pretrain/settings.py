@@ -17,8 +17,9 @@ SCENES = "scenes"
 class ModelSettings(Settings):
     """The sizes of a Qwen2-VL; the defaults make 8.9 million parameters, for photographs at 112 x 112.
 
-    :param width: Of the language model, as ``layers``, ``heads``, ``key_value_heads`` and ``inner_width`` (of its MLP).
-    :param vocabulary: The most tokens of the tokenizer that is trained on the captions.
+    :param width: The width of the language model. ``layers``, ``heads``, ``key_value_heads`` and ``inner_width`` (of
+        its MLP) are also the language model's.
+    :param vocabulary: The maximum tokens of the tokenizer that is trained on the captions.
     :param image_size: The side of the largest square image, in pixels.
     :param patch_size: The side of a patch in pixels; ``merge_size`` squared patches become one visual token.
     """
@@ -46,7 +47,7 @@ class ModelSettings(Settings):
         for whole, part, times in MULTIPLES:
             if getattr(self, whole) % (times * getattr(self, part)):
                 name = part.replace("token_size", "patch_size x merge_size")
-                raise ValueError(f"{whole} {getattr(self, whole)} is no multiple of {times} x {name} "
+                raise ValueError(f"{whole} {getattr(self, whole)} is not a multiple of {times} x {name} "
                                  f"({getattr(self, part)})")  # fmt: skip
         return self
 
@@ -57,7 +58,7 @@ MULTIPLES = (
     ("vision_width", "vision_heads", 4),
     ("image_size", "token_size", 1),
 )
-"""What the sizes of a model have to be multiples of; rotary positions turn values in pairs, in two directions."""
+"""What the sizes of a model have to be multiples of; rotary positions rotate pairs of values, in two directions."""
 
 
 class StageSettings(Settings):
@@ -66,7 +67,7 @@ class StageSettings(Settings):
     Learning rates rise for a twentieth of the steps, then fall on a cosine.
 
     :param steps: 0 leaves the stage out.
-    :param muon_learning_rate: Muon updates the weight matrices of the layers, with this learning rate. None for AdamW.
+    :param muon_learning_rate: Update the weight matrices of the layers with Muon at this learning rate. None: AdamW.
     """
 
     steps: Count = 0
@@ -78,13 +79,13 @@ class StageSettings(Settings):
 
 
 class VisionSettings(StageSettings):
-    """The stage that trains the vision encoder alone, on the words of captions and on the features of a teacher.
+    """The stage that trains the vision encoder alone, on the words of captions and the features of a teacher.
 
-    :param word_images: The fewest images of a word to be predicted.
-    :param word_weight: The weight of the words' loss beside that of the features. With a higher one, the encoder learns
-        the words of a few thousand images by heart.
-    :param components: The most principal components of a teacher's features.
-    :param views: Crops of each image whose features are made, once; each is also used mirrored.
+    :param word_images: The minimum number of images that a word must have to be predicted.
+    :param word_weight: The weight of the words' loss relative to that of the features. With a higher one, the encoder
+        memorises the words of a few thousand images.
+    :param components: The maximum number of principal components of a teacher's features.
+    :param views: The number of crops of each image whose features are computed, once; each is also used mirrored.
     """
 
     batch_size: Positive = 96
@@ -97,9 +98,9 @@ class VisionSettings(StageSettings):
 class AugmentationSettings(Settings):
     """How an image of a folder varies from epoch to epoch.
 
-    :param scale: The least ratio of the image's area that a random crop keeps.
+    :param scale: The minimum ratio of the image's area that a random crop keeps.
     :param flip: Mirror half of the images; captions that say left and right are then wrong.
-    :param jitter: The most by which brightness, contrast and saturation are scaled up or down.
+    :param jitter: The maximum by which brightness, contrast and saturation are scaled up or down.
     """
 
     scale: Ratio = 0.5
@@ -108,7 +109,7 @@ class AugmentationSettings(Settings):
 
 
 class PretrainSettings(Settings):
-    """A pretraining: what it is made of, the sizes of the model, the stages in their order, what is common to them.
+    """A pretraining: its inputs, the sizes of the model, the stages in order, and what they have in common.
 
     :param data: ``scenes``, or an image folder.
     :param held_out: An image folder to measure on.
@@ -121,7 +122,7 @@ class PretrainSettings(Settings):
     :param all: Trains everything as a captioner.
     :param mixed_precision: ``bf16`` runs forward and backward passes under bfloat16 autocast.
     :param measure_steps: Steps between two measurements on held-out images, and between two checkpoints.
-    :param held_out_images: The most images to measure on.
+    :param held_out_images: The maximum number of images to measure on.
     """
 
     data: str = SCENES
@@ -167,16 +168,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "all": {"steps": 2000, "learning_rate": 2e-4},
     },
 }  # fmt: skip
-"""What is set for the package's own captioner of scenes, for a folder, and for a folder with a language model."""
+"""The defaults for the package's own captioner of scenes, for a folder, and for a folder with a language model."""
 
 OPTIONS = ("data", "held_out", "language_model", "teacher")
-"""What a pretraining is made of: settings that have options of their own, and are no overrides."""
+"""The inputs of a pretraining: they have separate options, and cannot be given as overrides."""
 
 LANGUAGE_SIZES = {"width", "inner_width", "layers", "heads", "key_value_heads", "vocabulary"}
 
 
 def read_settings(overrides: list[str], **given: object) -> PretrainSettings:
-    """Return the settings for what is given of ``OPTIONS``, ``data`` among it, with ``key.sub=value`` overrides.
+    """Return the settings for the given ``OPTIONS``, of which ``data`` is required, with ``key.sub=value`` overrides.
 
     :raises UsageError: With one sentence for each fault.
     """
@@ -193,5 +194,6 @@ def read_settings(overrides: list[str], **given: object) -> PretrainSettings:
         faults = "; ".join(describe_fault(PretrainSettings, fault) for fault in error.errors())
         raise UsageError(f"{faults}.") from error
     if has_language_model and (set_twice := LANGUAGE_SIZES & settings.model.model_fields_set):
-        raise UsageError(f"{', '.join(f'model.{key}' for key in sorted(set_twice))}: --language-model has its own.")
+        keys = ", ".join(f"model.{key}" for key in sorted(set_twice))
+        raise UsageError(f"{keys}: --language-model has its own sizes; leave these out.")
     return settings

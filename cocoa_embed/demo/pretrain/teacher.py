@@ -1,4 +1,4 @@
-"""Another vision model as a teacher: its features of a few views of each image, made once and kept in files."""
+"""Another vision model as a teacher: its features of a few views of each image, computed once and kept in files."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -26,34 +26,34 @@ from cocoa_embed.train.stages.rendering import batched
 
 FORM = "it has to map pixels [n, 3, S, S] (0 to 1, float32), for any n, to features [n, channels, h, w]"
 IMAGES_FOR_COMPONENTS = 1024
-"""Images whose features the principal components are of."""
+"""The number of images from whose features the principal components are computed."""
 
 
 class Teacher:
-    """The features of images by a program that ``torch.export.save`` has written, as their principal components.
+    """Computes features of images with a program that ``torch.export.save`` wrote, reduced to principal components.
 
-    Each component is divided by the fourth root of its variance, and all by one number, so that their variance is 1 in
-    the mean.
+    Each component is divided by the fourth root of its variance, and all of them by one number, so that their mean
+    variance is 1.
 
-    :param images: uint8 ``[3, H, W]``; the first ``IMAGES_FOR_COMPONENTS`` are what the components are of.
-    :param size: The side of the images that a teacher for any size sees.
-    :param components: The most components.
-    :raises CocoaError: If it cannot be loaded, or takes or returns something else.
+    :param images: uint8 ``[3, H, W]``; the components are computed from the first ``IMAGES_FOR_COMPONENTS``.
+    :param size: The side of the images, if the teacher takes any size.
+    :param components: The maximum number of components.
+    :raises CocoaError: If the program cannot be loaded, or takes or returns something else.
     """
 
     def __init__(self, file: Path, images: Sequence[Tensor], size: int, components: int) -> None:
         self.name = printable(file)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        # On a CPU, a feature map of 64 images takes twice as long an image: its memory is fetched anew each time.
+        # On a CPU, a feature map of 64 images takes twice as long per image: its memory is allocated each time.
         self.images_at_once = 64 if self.device.type == "cuda" else 8
-        if not is_zipfile(file):  # for which torch would print a page
-            raise CocoaError(f"{self.name} is no file of torch.export.save; {FORM}.")
+        if not is_zipfile(file):  # torch would print a page about it
+            raise CocoaError(f"{self.name} is not a file of torch.export.save; {FORM}.")
         try:
             program = torch.export.load(file)
             inputs = [each for each in program.graph.nodes if each.name in program.graph_signature.user_inputs]
             shapes = [list(each.meta["val"].shape) for each in inputs]
             self._run: Any = move_to_device_pass(program, str(self.device)).module()
-        except Exception as error:  # torch raises nearly anything for a file that it did not write
+        except Exception as error:  # torch raises almost any error for a file that it did not write
             raise CocoaError(f"{self.name} cannot be loaded as a teacher ({one_line(error)}); {FORM}.") from error
         shape = shapes[0] if len(shapes) == 1 else []
         if len(shape) != 4 or isinstance(shape[0], int) or shape[1] != 3 or str(shape[2]) != str(shape[3]):
@@ -81,13 +81,13 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Views(Dataset[Example]):
-    """Views of the images of a folder, in memory-mapped files: an epoch takes another view of each image.
+    """Views of the images of a folder, in memory-mapped files: each epoch takes another view of each image.
 
-    After all views come their mirror images, then the views again. Features are mirrored, not computed anew: that
-    presumes a teacher that sees a mirrored image alike.
+    After all views come their mirror images, then the views again. Features are mirrored, not computed again: this
+    assumes that the teacher's features of a mirrored image are the mirrored features.
 
     :param pixels: uint8 ``[views, images, 3, size, size]``.
-    :param features: The teacher's of the same views, float16 ``[views, images, h, w, components]``.
+    :param features: The teacher's features of the same views, float16 ``[views, images, h, w, components]``.
     """
 
     images: CaptionedImages
@@ -98,7 +98,7 @@ class Views(Dataset[Example]):
         return len(self.images)
 
     def __getitem__(self, draw: Draw) -> Example:
-        """Return the view of an image that is taken in an epoch."""
+        """Return the view of an image that an epoch takes."""
         times, view = divmod(draw.epoch, len(self.pixels))
         image, features = (torch.from_numpy(each[view, draw.row].copy()) for each in (self.pixels, self.features))
         if times % 2:
@@ -107,7 +107,7 @@ class Views(Dataset[Example]):
 
 
 def make_views(images: CaptionedImages, teacher: Teacher, settings: VisionSettings, folder: Path) -> Views:
-    """Make views of all images, mirrored ones among them, and the teacher's features of these; or open those made.
+    """Make views of all images, some of them mirrored, with the teacher's features; or open them if they exist.
 
     :param folder: Where the files are.
     """

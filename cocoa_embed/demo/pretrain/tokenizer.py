@@ -1,4 +1,4 @@
-"""The tokenizer, trained on captions, with Qwen2-VL's special tokens; and the processor around it."""
+"""The tokenizer, trained on captions, with Qwen2-VL's special tokens, and the processor that contains it."""
 
 import random
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ EOS = "<|im_end|>"
 QWEN_SPECIAL_TOKENS = (PAD, "<|im_start|>", EOS, VISION_START, VISION_END, "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD)
 
 SPARE_TOKENS = 64
-"""Rows of the embedding matrix that are left to special tokens."""
+"""Rows of the embedding matrix that are reserved for special tokens."""
 
 SCENES_FOR_TOKENIZER = 4000
 PROMPT_WORDS = ("query: find the image or text that matches", "document: represent this image or text for search")
@@ -37,7 +37,7 @@ def build_tokenizer(seed: int) -> Qwen2Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Qwen2Tokenizer:
-    """Train a byte-level BPE tokenizer of at most ``vocabulary`` tokens, its special tokens named as Qwen's."""
+    """Train a byte-level BPE tokenizer of at most ``vocabulary`` tokens, with special tokens named like Qwen's."""
     blank = Qwen2Tokenizer(eos_token=EOS, pad_token=PAD, unk_token=None)  # pyright: ignore[reportArgumentType]  None is allowed
     trained = blank.train_new_from_iterator(
         [*texts, *[*PROMPT_WORDS] * 10],

@@ -26,12 +26,12 @@ Collate = Callable[[list[Example]], dict[str, Tensor]]
 
 
 class PretrainTrainer(Trainer):
-    """Transformers' trainer over the images of a folder, each once an epoch, or over a stream.
+    """Transformers' trainer over the images of a folder, each once per epoch, or over a stream.
 
-    Its ``eval_dataset`` are the examples of ``held_out_pairs``, by name.
+    Its ``eval_dataset`` is that of ``held_out_pairs``: examples by name.
 
-    :param undecayed: Names of further parameters that weight decay leaves alone.
-    :param muon_learning_rate: Muon updates the weight matrices of the layers, with this learning rate.
+    :param undecayed: Names of further parameters without weight decay.
+    :param muon_learning_rate: Update the weight matrices of the layers with Muon at this learning rate.
     """
 
     optimizer: Any
@@ -52,7 +52,7 @@ class PretrainTrainer(Trainer):
         return RowStream(rows, self.args.max_steps * batch_size, batch_size, self.args.seed)
 
     def create_optimizer(self, model: Any = None) -> Optimizer:  # noqa: ANN401
-        """Return the optimizer, made once."""
+        """Return the optimizer, which is created once."""
         if self.optimizer is None and self.muon_learning_rate is not None:
             decayed = self.get_decay_parameter_names(self.trained)
             rates = self.args.learning_rate, self.muon_learning_rate
@@ -60,11 +60,11 @@ class PretrainTrainer(Trainer):
         return super().create_optimizer(model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return the names of the parameters that decay."""
+        """Return the names of the parameters with weight decay."""
         return [name for name in super().get_decay_parameter_names(model) if name not in self.undecayed]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measure the loss on held-out images, with another image instead, and the gap: nats a token of captions."""
+        """Measure the loss on held-out images, with another image instead, and the gap, in nats per caption token."""
         held_out: Any = self.eval_dataset
         losses = {name: self._mean_loss(examples) for name, examples in held_out.items()}
         losses["gap"] = losses["wrong"] - losses["right"]
@@ -77,7 +77,7 @@ class PretrainTrainer(Trainer):
         return metrics
 
     def _mean_loss(self, examples: Sequence[Example]) -> float:
-        """Return the mean loss: over tokens where there are labels, else over images."""
+        """Return the mean loss: over tokens if there are labels, otherwise over images."""
         total, count = 0.0, 0
         with evaluating(self.trained), self.compute_loss_context_manager():
             for rows in batched(examples, self.args.per_device_train_batch_size):
@@ -101,7 +101,7 @@ class PretrainTrainer(Trainer):
 
 
 class Record(TrainerCallback):
-    """Measures after the last step, too, and writes the log lines of a stage behind those of the stages before."""
+    """Measures after the last step, too, and writes the log lines of a stage after those of the earlier stages."""
 
     def __init__(self, file: Path, stage: str) -> None:
         self.file, self.stage = file, stage

@@ -1,4 +1,4 @@
-"""The vision encoder's own stage: it learns the words of captions, and the features that a teacher has of an image."""
+"""The vision encoder's own stage: it learns the words of captions, and a teacher's features of an image."""
 
 import re
 from collections import Counter
@@ -19,10 +19,10 @@ MOST_WORDS = 4096
 
 
 class Words:
-    """The frequent words of captions, each of which an image has or has not.
+    """The frequent words of captions, as binary labels of images.
 
     :param texts: All captions of each image.
-    :param images: The fewest images of a word.
+    :param images: The minimum number of images of a word.
     :raises CocoaError: If no word is that frequent.
     """
 
@@ -39,7 +39,7 @@ class Words:
         return len(self.places)
 
     def __call__(self, rows: Sequence[Example]) -> Tensor:
-        """Return which words the captions of each row have, float ``[rows, words]``."""
+        """Return which words the captions of each row contain, float ``[rows, words]``."""
         found = torch.zeros(len(rows), len(self))
         for number, row in enumerate(rows):
             found[number, [self.places[word] for word in words_in(row["words"]) if word in self.places]] = 1
@@ -52,10 +52,10 @@ def words_in(text: str) -> set[str]:
 
 
 class VisionTraining(nn.Module):
-    """A captioner's vision encoder, with linear heads for words and features that are thrown away.
+    """A captioner's vision encoder with linear heads, for words and features, which are discarded after the stage.
 
-    :param channels: Of the features of a teacher; 0 if there is none.
-    :param word_weight: The weight of the words' loss beside that of the features.
+    :param channels: The channels of a teacher's features; 0 if there is no teacher.
+    :param word_weight: The weight of the words' loss relative to that of the features.
     """
 
     def __init__(self, model: Qwen2VLForConditionalGeneration, words: int, channels: int, word_weight: float) -> None:
@@ -75,7 +75,7 @@ class VisionTraining(nn.Module):
         The features are predicted from each token: mean squared error.
 
         :param words: From ``Words``.
-        :param features: ``[images, h, w, channels]``; the tokens are resized to this grid where theirs is another.
+        :param features: ``[images, h, w, channels]``; the tokens are resized to this grid if theirs differs.
         """
         height, width = (image_grid_thw[0, 1:] // self.merge_size).tolist()
         tokens = self.visual(pixel_values, grid_thw=image_grid_thw).pooler_output
@@ -93,13 +93,13 @@ class VisionTraining(nn.Module):
 
 @dataclass(frozen=True)
 class VisionCollator:
-    """Makes batches of images, the words of their captions and, where there is a teacher, its features."""
+    """Makes batches of images, the words of their captions and, if there is a teacher, its features."""
 
     processor: Qwen2VLProcessor
     words: Words
 
     def __call__(self, rows: list[Example]) -> dict[str, Tensor]:
-        """Return what ``VisionTraining`` takes."""
+        """Return the inputs of ``VisionTraining``."""
         batch = self.processor.image_processor([row["image"] for row in rows], return_tensors="pt")
         features = {"features": torch.stack([row["features"] for row in rows])} if "features" in rows[0] else {}
         return {**batch, "words": self.words(rows), **features}

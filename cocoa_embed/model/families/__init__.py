@@ -1,1 +1,1 @@
-"""What differs between families of backbones: one protocol, one file a family."""
+"""What differs between families of backbones: one interface, and one file per family."""

@@ -1,4 +1,4 @@
-"""The protocol of a family of backbones."""
+"""The interface of a family of backbones."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -17,15 +17,15 @@ MAX_ASPECT_RATIO = 200
 
 
 class PartNames(NamedTuple):
-    """Where a vision encoder has its parts.
+    """The names of the parts of a vision encoder.
 
-    :param encoder: In the model without its head.
-    :param layers: In the encoder.
-    :param attention: In a layer.
+    :param encoder: The encoder, in the model without its head.
+    :param layers: The layers, in the encoder.
+    :param attention: The attention, in a layer.
     :param attention_output: The last matrix of the attention, in a layer.
     :param patches: The weight of the patch embedding, in the encoder.
     :param depth: The number of layers, in the vision encoder's config.
-    :param merger: In the model without its head, if it is not in the encoder.
+    :param merger: The merger, in the model without its head, if it is not in the encoder.
     """
 
     encoder: str
@@ -38,10 +38,10 @@ class PartNames(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a vision encoder makes of images.
+    """The output of a vision encoder for images.
 
-    :param features: Of visual tokens, ``[visual tokens, D]``.
-    :param of_layers: More of them, which enter the first layers of the language model.
+    :param features: The features of visual tokens, ``[visual tokens, D]``.
+    :param of_layers: More features of the same shape, which enter the first layers of the language model.
     """
 
     features: Tensor
@@ -59,7 +59,7 @@ class PatchGeometry:
 
     @property
     def patch_width(self) -> int:
-        """Values of a raw patch, a row of ``pixel_values`` (1176 for Qwen2-VL)."""
+        """The number of values of a raw patch, a row of ``pixel_values`` (1176 for Qwen2-VL)."""
         return self.channels * self.temporal_patch_size * self.patch_size**2
 
     @property
@@ -69,12 +69,13 @@ class PatchGeometry:
 
 
 class Family(ABC):
-    """What the package has to know of a backbone beside its stock class.
+    """What the package has to know about a backbone in addition to its stock class.
 
-    In a batch, ``pixel_values`` are rows of raw patches, those behind one visual token together, ``image_grid_thw`` has
-    a row for each image (frames, rows and columns of raw patches), and ``mm_token_type_ids`` are 1 for visual tokens.
+    In a batch, ``pixel_values`` has a row for each raw patch, with the patches of a visual token adjacent;
+    ``image_grid_thw`` has a row for each image (frames, rows and columns of raw patches); and ``mm_token_type_ids`` is
+    1 for visual tokens.
 
-    :param config: Of the whole model.
+    :param config: The config of the whole model.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
@@ -85,7 +86,7 @@ class Family(ABC):
     """The linear modules of vision layers that an adapter changes: of queries, keys and values, and of the MLP."""
 
     packs_attention: ClassVar[bool] = False
-    """The vision encoder takes the patches of all images as one sequence."""
+    """Whether the vision encoder takes the patches of all images as one sequence."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config: Any = config
@@ -93,7 +94,7 @@ class Family(ABC):
     @property
     @abstractmethod
     def geometry(self) -> PatchGeometry:
-        """How many raw patches stand behind a visual token, and how wide each is."""
+        """How many raw patches a visual token has, and how wide each is."""
 
     @property
     def patches_per_row(self) -> int:
@@ -113,12 +114,12 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def most_pixels(cls, processor: ProcessorMixin) -> int:
-        """Return the most pixels of an image."""
+        """Return the maximum number of pixels of an image."""
 
     @classmethod
     @abstractmethod
     def most_visual_tokens(cls, processor: ProcessorMixin) -> int:
-        """Return the most visual tokens of an image."""
+        """Return the maximum number of visual tokens of an image."""
 
     @classmethod
     @abstractmethod
@@ -128,7 +129,7 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def patches(cls, processor: ProcessorMixin, image: Image.Image) -> tuple[Tensor, Tensor]:
-        """Return an image before its values are scaled, without the repetition that makes several frames of it.
+        """Return the raw patches of an image before its values are scaled and its frame is repeated.
 
         :returns: Raw patches, ``[patches, channels * patch_size ** 2]``, and the grid, int64 ``[1, 3]``.
         """
@@ -142,20 +143,20 @@ class Family(ABC):
 
     @abstractmethod
     def image_inputs(self, grids: Tensor) -> dict[str, Any]:
-        """Return what the vision encoder takes of grids, made on the CPU, with names that begin with ``image_``.
+        """Return what the vision encoder derives from grids, computed on the CPU; names begin with ``image_``.
 
-        :param grids: ``image_grid_thw``, int64 ``[images, 3]``; it is among what is returned.
+        :param grids: ``image_grid_thw``, int64 ``[images, 3]``; it is returned, too.
         """
 
     @abstractmethod
     def run_vision(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> Seen:
         """Run the vision encoder, as the stock class does.
 
-        :param batch: ``pixel_values``, and what ``image_inputs`` has made.
+        :param batch: ``pixel_values``, and the ``image_inputs``.
         """
 
     def feed_inner_layers(self, model: PreTrainedModel, is_visual: Tensor, features: Sequence[Tensor]) -> None:
-        """Let the next forward pass of the language model take features after its first layers, too.
+        """Have the next forward pass of the language model also add features after its first layers.
 
         :param is_visual: Which tokens are visual, bool ``[B, L]``.
         :param features: ``Seen.of_layers``, one or more.
@@ -175,7 +176,7 @@ class Family(ABC):
         }
 
     def fewest_layers(self) -> int:
-        """Return how many layers of ``text`` and ``vision`` the smallest model has that works as the whole one."""
+        """Return the fewest layers of ``text`` and ``vision`` with which a model still works like the whole one."""
         return 1
 
     def with_layers(self, layers: Mapping[str, int]) -> PreTrainedConfig:
@@ -201,7 +202,7 @@ class Family(ABC):
 
     @classmethod
     def runs_layers(cls, model: PreTrainedModel) -> nn.Module:
-        """Return the part of the vision encoder whose forward pass calls the layers."""
+        """Return the module of the vision encoder whose forward pass calls the layers."""
         return cls.encoder(model).get_submodule(cls.parts.layers.rpartition(".")[0])
 
     @classmethod

@@ -1,4 +1,4 @@
-"""InternVL3: a square of four patches becomes a visual token; the language model is an ordinary Qwen2."""
+"""InternVL3: a square of four patches becomes one visual token; the language model is an ordinary Qwen2."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,18 +34,18 @@ class InternVL(Squares):
 
     @property
     def geometry(self) -> PatchGeometry:
-        """A visual token's pixels as one patch."""
+        """The pixels of a visual token count as one patch."""
         vision = self.config.vision_config
         return PatchGeometry(vision.num_channels, 1, round(vision.patch_size[0] / self.config.downsample_ratio), 1)
 
     @classmethod
     def side(cls, processor: ProcessorMixin) -> int:
-        """Return that of a tile."""
+        """Return the side of a tile."""
         return int(processor.image_processor.size["height"])
 
     @classmethod
     def set_side(cls, processor: ProcessorMixin, side: int) -> None:
-        """Let an image be one tile; the processor cuts images into tiles even if its image processor would not."""
+        """Make an image one tile; the processor cuts images into tiles even if its image processor would not."""
         images: Any = processor.image_processor
         images.min_patches = images.max_patches = 1
         images.size["height"] = images.size["width"] = side

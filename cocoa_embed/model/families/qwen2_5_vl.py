@@ -18,7 +18,7 @@ class Qwen25VL(Qwen2VL):
     adapted = frozenset({"qkv", "gate_proj", "up_proj", "down_proj"})
 
     def prepared(self, grids: Tensor) -> dict[str, Any]:
-        """Add where windows begin and the last ends, and the order of visual tokens in them."""
+        """Add the boundaries of windows, and the order of visual tokens in them."""
         from transformers import vision_utils as made
 
         vision = self.config.vision_config
@@ -34,7 +34,7 @@ class Qwen25VL(Qwen2VL):
 
     @property
     def attention_window(self) -> int:
-        """The windows' side, a multiple of a visual token's."""
+        """The side of the windows, a multiple of a visual token's side."""
         merge, patch = self.geometry.merge_size, self.geometry.patch_size
         return int(self.config.vision_config.window_size) // merge // patch * merge
 
@@ -44,7 +44,7 @@ class Qwen25VL(Qwen2VL):
         return {**super().layers(), "vision": self.config.vision_config.depth - full, "full": full}
 
     def with_layers(self, layers: Mapping[str, int]) -> PreTrainedConfig:
-        """Put those that attend to the whole image last."""
+        """Put the layers that attend to the whole image last."""
         config: Any = super().with_layers(layers)
         vision = config.vision_config
         vision.depth += layers["full"]

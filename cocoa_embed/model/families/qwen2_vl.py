@@ -23,7 +23,7 @@ from cocoa_embed.model.template import QWEN
 from cocoa_embed.model.visual_tokens import visual_tokens
 
 TAKES_PREPARED_VISION = find_spec("transformers.vision_utils") is not None
-"""Older versions of transformers make the vision encoder's positions themselves, and wait for the device."""
+"""Without it, transformers computes the vision encoder's positions itself, and waits for the device."""
 
 
 class Qwen2VL(Family):
@@ -36,19 +36,19 @@ class Qwen2VL(Family):
     packs_attention = True
     parts = PartNames("visual", "blocks", "attn", "attn.proj", "patch_embed.proj.weight")
     replaces_grids: ClassVar[str] = "position_ids"
-    """The prepared input without which the encoder computes with the grids, on its device."""
+    """The prepared input in whose absence the encoder needs the grids on its device."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         kind: Any = MODEL_MAPPING[type(config)]
-        # The class's own functions, of a model without weights: they take nothing but the config.
+        # A model without weights, for the functions of its class that need only the config.
         self._model: Any = kind.__new__(kind)
         nn.Module.__init__(self._model)
         self._model.config = config
 
     @property
     def geometry(self) -> PatchGeometry:
-        """As the vision encoder's config says."""
+        """The geometry in the vision encoder's config."""
         vision = self.config.vision_config
         return PatchGeometry(
             vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
@@ -56,7 +56,7 @@ class Qwen2VL(Family):
 
     @classmethod
     def image_geometry(cls, processor: ProcessorMixin) -> PatchGeometry:
-        """As the image processor says."""
+        """Return the geometry in the image processor's settings."""
         images = processor.image_processor
         return PatchGeometry(len(images.image_mean), images.temporal_patch_size, images.patch_size, images.merge_size)
 
@@ -64,7 +64,7 @@ class Qwen2VL(Family):
     def limit_pixels(cls, processor: ProcessorMixin, pixels: int | None) -> None:
         """Set the limit, which the processor calls ``longest_edge`` although it counts pixels.
 
-        No small image is enlarged beyond it.
+        Small images are not enlarged beyond it.
         """
         if pixels is not None:
             size = processor.image_processor.size
@@ -72,12 +72,12 @@ class Qwen2VL(Family):
 
     @classmethod
     def most_pixels(cls, processor: ProcessorMixin) -> int:
-        """Return the limit; images so thin that it cannot be kept are larger."""
+        """Return the limit; very thin images can exceed it."""
         return int(processor.image_processor.size["longest_edge"])
 
     @classmethod
     def most_visual_tokens(cls, processor: ProcessorMixin) -> int:
-        """Return those of a square or, if they are more, of an image of one row."""
+        """Return the tokens of a square image or, if these are more, of an image of one row."""
         geometry = cls.image_geometry(processor)
         tokens = cls.most_pixels(processor) // (geometry.patch_size * geometry.merge_size) ** 2
         # The shorter side of a long image is rounded up to one token.
@@ -85,7 +85,7 @@ class Qwen2VL(Family):
 
     @classmethod
     def visual_tokens(cls, processor: ProcessorMixin, width: int, height: int) -> int:
-        """Return what the image processor counts."""
+        """Return the image processor's own count."""
         return visual_tokens(processor.image_processor, width, height)
 
     @classmethod
@@ -97,7 +97,7 @@ class Qwen2VL(Family):
         return frames[:, :, 0].flatten(1), done["image_grid_thw"]
 
     def position_ids(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return frames, rows and columns: int64 ``[3, B, L]``."""
+        """Return the frame, row and column of each token: int64 ``[3, B, L]``."""
         ids = batch["input_ids"]
         if "image_grid_thw" not in batch:
             return torch.arange(ids.shape[1]).expand(3, *ids.shape)
@@ -106,13 +106,13 @@ class Qwen2VL(Family):
         return positions  # type: ignore[no-any-return]
 
     def image_inputs(self, grids: Tensor) -> dict[str, Any]:
-        """Return positions (``[patches, 2]``), and where images begin and the last ends (int32 ``[images + 1]``)."""
+        """Return positions (``[patches, 2]``), and the boundaries of images (int32 ``[images + 1]``)."""
         if not TAKES_PREPARED_VISION:
             return {"image_grid_thw": on_host(grids)}
         return {f"image_{name}": value for name, value in self.prepared(grids).items()}
 
     def prepared(self, grids: Tensor) -> dict[str, Any]:
-        """Return what the vision encoder takes of grids, by its own names."""
+        """Return the inputs that the vision encoder derives from grids, under its own names."""
         from transformers import vision_utils as made
 
         boundaries = made.get_vision_cu_seqlens(grids)
@@ -124,7 +124,7 @@ class Qwen2VL(Family):
         }
 
     def run_vision(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> Seen:
-        """Run the encoder, which ends in its merger."""
+        """Run the encoder, including its merger."""
         visual: Any = self.encoder(model)
         given = {name.removeprefix("image_"): value for name, value in batch.items() if name.startswith("image_")}
         if self.replaces_grids not in given:

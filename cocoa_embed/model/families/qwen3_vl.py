@@ -10,7 +10,7 @@ from cocoa_embed.model.families.qwen2_vl import Qwen2VL
 from cocoa_embed.model.host_tensor import places
 
 PREPARES_INTERPOLATION = "get_vision_interpolation_indices_and_weights"
-"""Of the table of positions; versions of transformers without it wait for the device."""
+"""Prepares the interpolation of vision positions; versions of transformers without it wait for the device."""
 
 
 class Qwen3VL(Qwen2VL):
@@ -22,7 +22,7 @@ class Qwen3VL(Qwen2VL):
     replaces_grids = "interp_indices"
 
     def prepared(self, grids: Tensor) -> dict[str, Any]:
-        """Add which four learned positions a patch has, and how much of each: ``[patches, 4]``."""
+        """Add the four learned positions of each patch, and the weight of each: ``[patches, 4]``."""
         from transformers import vision_utils as made
 
         found = super().prepared(grids)
@@ -36,7 +36,7 @@ class Qwen3VL(Qwen2VL):
         return found
 
     def feed_inner_layers(self, model: PreTrainedModel, is_visual: Tensor, features: Sequence[Tensor]) -> None:
-        """Add the features where the stock class does it."""
+        """Add the features where the stock class adds them."""
         language_model: Any = model.get_decoder()
 
         def feed(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401
@@ -47,11 +47,11 @@ class Qwen3VL(Qwen2VL):
         language_model._deepstack_process = _add_features  # the class's own waits for the device
 
     def fewest_layers(self) -> int:
-        """Return as many as layers take features."""
+        """Return the number of layers that take features."""
         return max(1, len(self.config.vision_config.deepstack_visual_indexes))
 
     def with_layers(self, layers: Mapping[str, int]) -> PreTrainedConfig:
-        """Take features of the first vision layers."""
+        """Take features from the first vision layers."""
         config: Any = super().with_layers(layers)
         config.vision_config.deepstack_visual_indexes = [*range(len(config.vision_config.deepstack_visual_indexes))]
         return config  # type: ignore[no-any-return]

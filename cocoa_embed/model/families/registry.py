@@ -27,16 +27,19 @@ def family_of(config: PreTrainedConfig, name: str = "this model") -> Family:
     :raises UsageError: If its model type is not supported.
     """
     if config.model_type not in FAMILIES:
-        raise UsageError(f"{name} is a {config.model_type!r} model; supported are {', '.join(sorted(FAMILIES))}.")
+        raise UsageError(f"{name} is a {config.model_type!r} model; supported types are {', '.join(sorted(FAMILIES))}.")
     return FAMILIES[config.model_type](config)
 
 
 def family_of_images(processor: ProcessorMixin) -> type[Family]:
     """Return the family of a processor.
 
-    :raises UsageError: If it is of no supported model.
+    :raises UsageError: If it is not the processor of a supported model.
     """
     for family in FAMILIES.values():
         if isinstance(processor, family.processor_class):
             return family
-    raise UsageError(f"{type(processor).__name__} is of no supported model: {', '.join(sorted(FAMILIES))}.")
+    raise UsageError(
+        f"{type(processor).__name__} is not the processor of a supported model; supported types are "
+        f"{', '.join(sorted(FAMILIES))}."
+    )

@@ -1,4 +1,4 @@
-"""SmolVLM (256M and 500M), of the stock class Idefics3: the patches of an image are shuffled into few tokens."""
+"""SmolVLM (256M and 500M), in the stock class Idefics3: the patches of an image are shuffled into few tokens."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -43,24 +43,24 @@ class SmolVLM(Squares):
 
     @property
     def geometry(self) -> PatchGeometry:
-        """A visual token's pixels as one patch."""
+        """The pixels of a visual token count as one patch."""
         vision = self.config.vision_config
         return PatchGeometry(vision.num_channels, 1, vision.patch_size * self.config.scale_factor, 1)
 
     @classmethod
     def side(cls, processor: ProcessorMixin) -> int:
-        """Return that of an image that is not split."""
+        """Return the side of an image that is not split."""
         return int(processor.image_processor.max_image_size["longest_edge"])
 
     @classmethod
     def set_side(cls, processor: ProcessorMixin, side: int) -> None:
-        """Split no image."""
+        """Make an image one square: turn splitting off."""
         images: Any = processor.image_processor
         images.do_image_splitting = False
         images.size["longest_edge"] = images.max_image_size["longest_edge"] = side
 
     def run_vision(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> Seen:
-        """Run the encoder on whole images, part by part: its own forward pass would read from the device."""
+        """Run the encoder on whole images, module by module: its own forward pass would read from the device."""
         encoder: Any = self.encoder(model)
         base: Any = model.base_model
         images = self.images(batch["pixel_values"].to(encoder.dtype), batch["image_grid_thw"])
@@ -72,6 +72,6 @@ class SmolVLM(Squares):
 
 
 class SmolVLM2(SmolVLM):
-    """The same model under another name; its own processor, which asks for ``num2words``, is not needed for images."""
+    """The same model under another name; its own processor, which requires ``num2words``, is not needed for images."""
 
     model_class = SmolVLMForConditionalGeneration

@@ -1,4 +1,4 @@
-"""Families whose images are one square each, which the vision encoder cuts into patches itself."""
+"""Families in which each image is one square, which the vision encoder itself cuts into patches."""
 
 import math
 from abc import abstractmethod
@@ -15,7 +15,7 @@ from cocoa_embed.model.host_tensor import on_host
 
 
 class Squares(Family):
-    """A raw patch is what stands behind a visual token: a square of the encoder's own patches."""
+    """A raw patch is the pixels of one visual token: a square of the encoder's own patches."""
 
     adapted = frozenset({"q_proj", "k_proj", "v_proj", "fc1", "fc2"})
 
@@ -34,28 +34,28 @@ class Squares(Family):
 
     @classmethod
     def most_visual_tokens(cls, processor: ProcessorMixin) -> int:
-        """Return those of every image."""
+        """Return the number that every image has."""
         return int(getattr(processor, cls.tokens_key))
 
     @classmethod
     def visual_tokens(cls, processor: ProcessorMixin, width: int, height: int) -> int:
-        """Return as many for any size."""
+        """Return the same number for any size."""
         return cls.most_visual_tokens(processor)
 
     @classmethod
     def most_pixels(cls, processor: ProcessorMixin) -> int:
-        """Return those of every image."""
+        """Return the number that every image has."""
         return cls.side(processor) ** 2
 
     @classmethod
     def image_geometry(cls, processor: ProcessorMixin) -> PatchGeometry:
-        """Divide the image's side by its tokens; what is left over (384 = 9 * 42 + 6) the encoder does not see."""
+        """Divide the image's side by its tokens; the encoder does not see the remainder (384 = 9 * 42 + 6)."""
         size = cls.side(processor) // math.isqrt(cls.most_visual_tokens(processor))
         return PatchGeometry(len(processor.image_processor.image_mean), 1, size, 1)
 
     @classmethod
     def limit_pixels(cls, processor: ProcessorMixin, pixels: int | None) -> None:
-        """Make every image one square of as many visual tokens as fit, at most those that the processor makes."""
+        """Make every image one square of as many visual tokens as fit, but no more than the processor makes."""
         size, side = cls.image_geometry(processor).patch_size, cls.side(processor)
         if pixels is not None and (fitting := math.isqrt(pixels) // size) ** 2 < cls.most_visual_tokens(processor):
             side = fitting * size
@@ -64,7 +64,7 @@ class Squares(Family):
 
     @classmethod
     def patches(cls, processor: ProcessorMixin, image: Image.Image) -> tuple[Tensor, Tensor]:
-        """Cut the processor's own image into the squares behind visual tokens."""
+        """Cut the processor's own image into one square per visual token."""
         done = processor.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
         count, size = math.isqrt(cls.most_visual_tokens(processor)), cls.image_geometry(processor).patch_size
         pixels = done["pixel_values"].flatten(0, -4)[0, :, : count * size, : count * size]
@@ -72,18 +72,18 @@ class Squares(Family):
         return rows.reshape(count**2, -1), torch.tensor([[1, count, count]])
 
     def position_ids(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the places in the sequence, of text and image alike: int64 ``[B, L]``."""
+        """Return the indices in the sequence, for text and image alike: int64 ``[B, L]``."""
         ids = batch["input_ids"]
         return torch.arange(ids.shape[1]).expand(ids.shape)
 
     def image_inputs(self, grids: Tensor) -> dict[str, Any]:
-        """Return the grids alone."""
+        """Return the grids only."""
         return {"image_grid_thw": on_host(grids)}
 
     def images(self, rows: Tensor, grids: Tensor) -> Tensor:
-        """Put rows of ``pixel_values`` together: ``[images, channels, height, width]``.
+        """Assemble images from rows of ``pixel_values``: ``[images, channels, height, width]``.
 
-        :param grids: Of images of one size, on the CPU.
+        :param grids: The grids of images of one size, on the CPU.
         """
         _, height, width = grids[0].tolist()
         size = self.geometry.patch_size

@@ -1,7 +1,7 @@
 "use strict";
-// A query is {text, file, like: {id, name}, filters}; filters are pairs such as ["mime=", "image/png"], as the form of
-// facets has them. The browser's history keeps the queries, so that Back leads to the search before; as it cannot hold
-// files, it has their keys in this map.
+// A query is {text, file, like: {id, name}, filters}; filters are pairs like ["mime=", "image/png"], as in the facets
+// form. The browser's history keeps the queries, so that Back returns to the previous search; as it cannot hold files,
+// it has their keys in this map.
 const files = new Map();
 const PAGE_SIZE = 30;
 const byId = id => document.getElementById(id);
@@ -47,7 +47,7 @@ function askForKey(message) {
   byId("unlock").showModal();
   return new Promise((resolve, reject) => {
     byId("unlock").onclose = () => {
-      const bytes = new TextEncoder().encode(byId("key").value.trim());  // a header has a character for each
+      const bytes = new TextEncoder().encode(byId("key").value.trim());  // a header has one character per byte
       if (byId("unlock").returnValue) resolve(apiKey = String.fromCharCode(...bytes));
       else reject(failure("The server needs its API key.", true));
       byId("key").value = byId("unlock").returnValue = "";
@@ -56,7 +56,7 @@ function askForKey(message) {
   });
 }
 
-// Pictures are fetched, not linked: an <img> sends no key, and has no reason to show when it is broken.
+// Pictures are fetched, not linked: an <img> sends no key, and gives no reason to show when it fails.
 const showPicture = async (image, path, signal) => showBlob(image, await (await call(path, {signal})).blob(), signal);
 
 async function showBlob(image, blob, signal) {
@@ -73,7 +73,7 @@ const plainKey = key => key.replace(/^"(.*)"$/s, "$1");
 const facetName = key => key === "mtime" ? "modified" : plainKey(key).replaceAll("_", " ");
 const facetValue = (key, value) => key === "mtime" ? new Date(value * 1000).toISOString().slice(0, 10) : value;
 
-// The values of one key stand in one filter: any of them will do. A plain word is not quoted, as it may be a boolean.
+// The values of one key form one filter: any of them will do. A plain word is not quoted, as it may be a boolean.
 function filterTexts() {
   const choices = new Map(), others = [];
   for (const [name, value] of query.filters) {
@@ -176,7 +176,7 @@ async function fetchHits() {
   if (!offset) byId("hits").replaceChildren();
   byId("hits").append(...found.hits.map((hit, index) => card(hit, offset + index, signal)));
   hits.push(...found.hits);
-  const isLost = !offset && document.activeElement === document.body;  // the focus, with the hits before
+  const isLost = !offset && document.activeElement === document.body;  // the focus was on one of the previous hits
   if (isLost) byId("hits").querySelector("button")?.focus({preventScroll: true});
   show("status", status);
   byId("more").hidden = found.hits.length < PAGE_SIZE;

@@ -1,6 +1,6 @@
-"""Turn the records of any source into points: read, hash, skip what is stored, embed, describe. Writes no point.
+"""Turn the records of any source into points: read, hash, skip what is stored, embed, describe. Writes no points.
 
-Whoever calls decides what happens to the points: an indexing run merges them into a collection, and an embedding job
+The caller decides what happens to the points: an indexing run merges them into a collection, and an embedding job
 writes them to files.
 """
 
@@ -50,23 +50,23 @@ class Content(NamedTuple):
 
 
 class NewPoint(NamedTuple):
-    """A content that was embedded: its point names all ``records`` that hold it, and is described by the first."""
+    """New content that was embedded; its point names all ``records`` that hold it, and is described by the first."""
 
     point: Point
     records: list[Record]
 
 
 class StoredContent(NamedTuple):
-    """A record whose content has a point already."""
+    """A record whose content already has a point."""
 
     record: Record
     id: str
     payload: Payload
-    """The point's, as ``stored`` returned it."""
+    """The payload of the point, as ``stored`` returned it."""
     thumbnail: str | None
     """The path of a thumbnail that was missing and is drawn now."""
     vector: NewVector | None = None
-    """One that embeds the record's caption, where that changes the point's."""
+    """A vector that embeds the record's caption, if that replaces the caption of the point."""
 
 
 class FailedRecord(NamedTuple):
@@ -85,7 +85,7 @@ Outcome: TypeAlias = NewPoint | StoredContent | FailedRecord
 def caption_with_image(record: Record, embed: str) -> str | None:
     """Return the caption that is embedded together with a record's image; None if there is none.
 
-    :param embed: What is embedded of an image: one of ``EMBEDS``.
+    :param embed: What is embedded for an image: one of ``EMBEDS``.
     """
     return caption_of(describe(record)) if embed == TOGETHER else None
 
@@ -104,14 +104,14 @@ def read_record(record: Record) -> tuple[Content, bytes]:
 class PointStream:
     """Makes points of records, for one run.
 
-    :param stored: Returns, of the ids of contents, those that have a point, with its payload. They are not embedded.
-    :param on_stored: Called with each record whose content is stored, and not yielded.
-    :param changes_caption: Returns whether a stored content gets another caption by a record. What embeds the caption
-        is then embedded anew.
-    :param known_fault: Returns why what ``tried`` names could not be used before; it is not tried again.
+    :param stored: Returns the payloads of those ids that have a point. Their content is not embedded.
+    :param on_stored: Called with each record whose content is stored and which is not yielded.
+    :param changes_caption: Returns whether a record gives stored content another caption. Vectors of the caption are
+        then computed again.
+    :param known_fault: Returns why the input that ``tried`` identifies could not be used before; it is not tried again.
     :param thumbnails: Where to write small copies.
     :param llama_index: Whether payloads have the fields that LlamaIndex's own ``QdrantVectorStore`` reads.
-    :param embed: What is embedded of an image: one of ``EMBEDS``.
+    :param embed: What is embedded for an image: one of ``EMBEDS``.
     """
 
     encoder: Encoder
@@ -124,18 +124,17 @@ class PointStream:
     embed: str = IMAGE
     _embedding: dict[str, list[Record]] = field(default_factory=dict, init=False)
     """The records of each content that is being embedded."""
-    _anew: dict[str, Payload] = field(default_factory=dict, init=False)
-    """The payloads of the contents among them that are stored."""
+    _embedded_again: dict[str, Payload] = field(default_factory=dict, init=False)
+    """The payloads of those among them that are stored and are embedded again."""
     _captions: dict[str, np.ndarray] = field(default_factory=dict, init=False)
     """The vectors of the captions of contents that are being embedded."""
     _failed: deque[FailedRecord] = field(default_factory=deque, init=False)
 
     def run(self, records: Iterable[Record], batch_size: int = 32) -> Iterator[Outcome]:
-        """Yield a point for each new content, stored contents that are embedded anew, and records that cannot be used.
+        """Yield a point for each new content, stored content that is embedded again, and records that cannot be used.
 
         Records are read lazily, some batches ahead, and memory is bounded. Records with the same content that are in
-        flight together are one point; a copy that comes later is a second point with the same id, unless ``stored``
-        knows it.
+        flight together share one point; a later copy is a second point with the same id, unless ``stored`` knows it.
 
         :param batch_size: The maximum number of images in a batch.
         :raises CocoaError: If the model does not embed what is asked for, or a thumbnail cannot be written.
@@ -169,7 +168,7 @@ class PointStream:
                 elif content.id in payloads:
                     payload = payloads[content.id]
                     if self.embed == TOGETHER and self.changes_caption(payload, record):
-                        self._embedding[content.id], self._anew[content.id] = [record], payload
+                        self._embedding[content.id], self._embedded_again[content.id] = [record], payload
                         yield content, self._image(record, data)
                     else:
                         self._pass_stored(record, content, payload, data, captions.get(record.key))
@@ -187,7 +186,7 @@ class PointStream:
         return data if caption is None else CaptionedImage(data, caption)
 
     def tried(self, record: Record, content: Content) -> str:
-        """Return a SHA-256 of what the model embeds of a record: another caption may do where one was refused."""
+        """Return a SHA-256 of what the model embeds of a record: another caption may be accepted."""
         caption = caption_with_image(record, self.embed)
         return content.sha256 if caption is None else hashlib.sha256(f"{content.sha256} {caption}".encode()).hexdigest()
 
@@ -208,8 +207,8 @@ class PointStream:
         except ValueError as error:
             first = printable(next(iter(texts)))
             raise CocoaError(
-                f"{self.encoder.name} does not take the caption of {first}, or of one of {len(texts) - 1} images after"
-                f" it ({one_line(error)})"
+                f"{self.encoder.name} does not accept the caption of {first}, or of one of {len(texts) - 1} images"
+                f" after it ({one_line(error)})"
             ) from error
 
     def _groups(
@@ -249,10 +248,10 @@ class PointStream:
     def _finish(self, content: Content, outcome: EmbeddedImage | ImageError) -> Iterator[Outcome]:
         """Yield the point of a content that was embedded, or the failures of its records."""
         records = self._embedding.pop(content.id)
-        stored, caption = self._anew.pop(content.id, None), self._captions.pop(content.id, None)
+        stored, caption = self._embedded_again.pop(content.id, None), self._captions.pop(content.id, None)
         if isinstance(outcome, ImageError):
             is_lasting = stored is None and not isinstance(outcome, TransientImageError)
-            tried = self.tried(records[0], content)  # the model was given that of the first for all
+            tried = self.tried(records[0], content)  # the model was given the first record for all
             for record in records:
                 is_tried = is_lasting and self.tried(record, content) == tried
                 yield FailedRecord(record, outcome, tried if is_tried else None)

@@ -1,6 +1,6 @@
-"""What earlier runs found out, in a small SQLite file in the cache: complete shards, and contents that are no images.
+"""What earlier runs found out, in a small SQLite file in the cache: complete shards, and content that cannot be used.
 
-It only saves work: without it, a run reads more, and its result is the same.
+It only saves work: without it, a run reads more, but its result is the same.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CREATE INDEX IF NOT EXISTS fault_shards ON faults (shard);
 
 
 SOFTWARE = f"cocoa-embed {__version__}, Pillow {PIL.__version__}"
-"""What contents could not be read with; another may read them."""
+"""The software that could not read some content; other versions may read it."""
 
 FORGET_FAULTS = (
     "DELETE FROM complete_shards WHERE key IN (SELECT shard FROM faults WHERE software != ?)",
@@ -45,7 +45,7 @@ class CompleteShard(NamedTuple):
     version: str
     records: int
     points: int
-    """In the collection with the key of this shard."""
+    """The points in the collection that have the key of this shard."""
     is_unpruned: bool
     """Whether some of these points may name images that are no longer in it."""
 
@@ -60,8 +60,8 @@ class Fault(NamedTuple):
 def open_manifest(place: str | None, collection: str, fingerprint: str | None) -> Manifest:
     """Return the manifest of a collection.
 
-    :param place: Where the collection is; None if it is in memory, as its manifest is then.
-    :param fingerprint: Of the model that made it.
+    :param place: Where the collection is; None if it is in memory, and then so is its manifest.
+    :param fingerprint: The fingerprint of the model that made it.
     """
     return Manifest(None if place is None else manifest_file(f"{place} {collection} {fingerprint}"))
 
@@ -77,7 +77,7 @@ def manifest_file(collection: str) -> Path:
 class Manifest:
     """The manifest of one collection, for one thread at a time.
 
-    One whose file fails, whatever the reason, goes on in memory, with a warning.
+    If its file fails, whatever the reason, it continues in memory, with a warning.
     """
 
     def __init__(self, file: Path | None) -> None:
@@ -92,7 +92,7 @@ class Manifest:
             self._database = connect(None)
         self.forget_faults(SOFTWARE)
         self._has_faults = self._first("SELECT 1 FROM faults") is not None
-        """Whether there may be any: most collections have none, and every record would be looked up."""
+        """Whether there may be any: most collections have none, and then no record has to be looked up."""
 
     def close(self) -> None:
         """Close the file."""
@@ -138,7 +138,7 @@ class Manifest:
         self._execute("UPDATE faults SET shard = NULL WHERE shard = ?", shard)
 
     def forget_faults(self, but_of: str = "") -> None:
-        """Forget the faults, but those that this software has found, and that the shards with some are complete."""
+        """Forget all faults but those that ``but_of`` found, and that shards with the forgotten ones are complete."""
         for statement in FORGET_FAULTS:
             self._execute(statement, but_of)
 

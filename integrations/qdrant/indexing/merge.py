@@ -1,4 +1,4 @@
-"""Change stored points by optimistic merges, so that indexers that write at once lose nothing of each other's."""
+"""Change stored points by optimistic merges, so that concurrent indexers do not lose each other's changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BATCH_CHANGES = 256
 """Points that are changed together."""
 
 ATTEMPTS = 50
-"""How often a batch is merged: of several writers one succeeds each time."""
+"""How many times the merge of a batch is tried: of several writers, one succeeds each time."""
 
 DESCRIPTION_KEYS = ("caption", "metadata", "caption_source")
 
@@ -38,12 +38,12 @@ class Change:
     """What a run changes about one stored point."""
 
     held: dict[str, Record] = field(default_factory=dict)
-    """The records that hold the content, by path as the payload has it."""
+    """The records that hold the content, by their path in the payload."""
     removed: set[str] = field(default_factory=set)
-    """Paths that hold it no longer."""
+    """Paths that no longer hold it."""
     thumbnail: str | None = None
     vectors: dict[str | None, NewVector] = field(default_factory=dict)
-    """Vectors of the content that are new, by the caption that they embed."""
+    """New vectors of the content, by the caption that they embed."""
 
     def hold(self, record: Record) -> None:
         """Add a record that holds the content."""
@@ -59,21 +59,21 @@ class NamedPoint:
     id: str
     payload: Payload
     locations: dict[str, FileLocation]
-    """By path."""
+    """The locations of its content, by path."""
     is_reordered: bool = False
 
     @cached_property
-    def living(self) -> str:
+    def first_existing(self) -> str:
         """The first path that exists."""
-        return living_first([*self.locations.values()])[0].path
+        return existing_first([*self.locations.values()])[0].path
 
     def has_to_change(self, path: str) -> bool:
         """Return whether an unchanged file may change the payload: it describes the content, or the order is stale."""
-        is_stale = not self.is_reordered and self.living != next(iter(self.locations))
+        is_stale = not self.is_reordered and self.first_existing != next(iter(self.locations))
         self.is_reordered |= is_stale
-        return is_stale or path == self.living
+        return is_stale or path == self.first_existing
 
-    def is_as_it_was(self, record: Record) -> bool:
+    def is_unchanged(self, record: Record) -> bool:
         """Return whether a record that it names has the size and mtime that it had when it was stored."""
         mtime = self.locations[storable(record.key)].mtime
         return record.size in (None, self.payload.get("bytes")) and is_same_moment(mtime, record.mtime)
@@ -83,8 +83,8 @@ class NamedPoint:
 class Merger:
     """Applies changes to payloads."""
 
-    misses: Callable[[str], bool] = lambda _: False
-    """Whether a file is gone that the run would have found."""
+    is_missing: Callable[[str], bool] = lambda _: False
+    """Returns whether a file that the run would have found is gone."""
     llama_index: bool = False
     """Whether payloads get the fields of LlamaIndex."""
 
@@ -93,7 +93,7 @@ class Merger:
 
         The first file that exists comes first and describes the content.
 
-        :param describes: Whether it may describe it otherwise than before.
+        :param describes: Whether the change may also replace the description.
         """
         locations = {each.path: each for each in stored_locations(stored) if each.path not in change.removed}
         for path, record in change.held.items():
@@ -102,7 +102,7 @@ class Merger:
             locations[path] = new if known is None or not is_same_moment(known.mtime, new.mtime) else known
         if not locations:
             return None
-        ordered = living_first([*locations.values()])
+        ordered = existing_first([*locations.values()])
         first = change.held.get(ordered[0].path)
         shards = [storable(record.shard) for record in change.held.values() if record.shard]
         return make_payload(
@@ -121,11 +121,11 @@ class Merger:
         """
         if record.metadata_source is None:
             source = stored.get("caption_source")
-            return source is not None and (source in map(storable, record.checked_sources) or self.misses(source))
+            return source is not None and (source in map(storable, record.checked_sources) or self.is_missing(source))
         return not is_same_json(describe(record), {key: stored.get(key) for key in DESCRIPTION_KEYS})
 
     def changes_caption(self, stored: Payload, record: Record) -> bool:
-        """Return whether a point that a record holds, too, gets another caption by that."""
+        """Return whether a point gets another caption when a record is added to those that hold its content."""
         change = Change()
         change.hold(record)
         after = self.apply(stored, change)
@@ -134,7 +134,8 @@ class Merger:
     def apply_with_vector(self, embed: str, stored: Payload, change: Change) -> tuple[Payload | None, NewVector | None]:
         """Return payload and vector of a point after a change, so that the vector embeds the payload's caption.
 
-        A caption that is not embedded, as another process stores points at the same time, is left to the next run.
+        A caption that is not embedded, because another process stores points at the same time, is left to the
+        next run.
 
         :param embed: What the collection embeds.
         """
@@ -150,8 +151,8 @@ class Merger:
     def merge(self, store: Store, changes: Mapping[str, Change]) -> list[str]:
         """Change stored points and wait until they are changed; points that no file holds are deleted.
 
-        :param changes: By the id of the point.
-        :returns: The ids that were to hold a record, and have no point: another process has deleted it.
+        :param changes: The changes, by the id of the point.
+        :returns: The ids of points that should have got a record but are gone: another process has deleted them.
         :raises CocoaError: If the store fails.
         """
         pending, lost, deleted = dict(changes), list[str](), dict[str, Payload]()
@@ -167,11 +168,11 @@ class Merger:
             deleted = {id_: stored[id_] for id_ in pending if after[id_][0] is None}
             vectors = {id_: vector for id_ in pending if (vector := after[id_][1])}
             store.replace_payloads([(id_, stored[id_], after[id_][0]) for id_ in pending], vectors)
-        raise CocoaError(f"{store.name}: other processes change {len(pending)} points all the time; run again")
+        raise CocoaError(f"{store.name}: other processes keep changing {len(pending)} points; run again")
 
 
-def living_first(locations: Sequence[FileLocation]) -> Sequence[FileLocation]:
-    """Return locations with the first that exists before the others; as they are if none does."""
+def existing_first(locations: Sequence[FileLocation]) -> Sequence[FileLocation]:
+    """Return locations with the first that exists moved to the front; unchanged if none does."""
     if len(locations) == 1:
         return locations
     first = next((each for each in locations if not is_deleted(each.path)), locations[0])

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant.indexing.writer import Writer
 
 MAX_PRUNED = 0.3
-"""The fraction of a source's points that a run may prune unless it is told to prune all; one point may always go."""
+"""The fraction of a source's points that a run may prune unless it should prune all; one point may always go."""
 
 HELD_KEYS = (*LOCATION_KEYS, "shard")
-"""The payload keys of where the images of a point are."""
+"""The payload keys that say where the images of a point are."""
 
 NO_FILES = frozenset({"lost+found"})
-"""What is in a file system without files."""
+"""The entries of a file system without files."""
 
 
 @dataclass
@@ -42,11 +42,11 @@ class Pruning:
     totals: Counter[int] = field(default_factory=Counter)
     """Points with an image that a source covers, by the number of the source."""
     going: Counter[int] = field(default_factory=Counter)
-    """Of these, the points that no image would be left of."""
+    """Of these, the points that would have no image left."""
     paths: Counter[int] = field(default_factory=Counter)
     """The images that no longer exist."""
     doubtful: Counter[str] = field(default_factory=Counter)
-    """The images below each folder that is empty, as a mount point is whose disk is missing."""
+    """The images below each empty folder, which may be the mount point of a missing disk."""
 
     def __post_init__(self) -> None:
         self._doubtful_folder = lru_cache(maxsize=1024)(doubtful_folder)
@@ -97,7 +97,7 @@ def prune_deleted(
     """Detach the images that no longer exist from their points, unless a source or a folder seems not to be mounted.
 
     :param found: The number of images that each source has now, by its number.
-    :param even_most: Whether to do so in any case.
+    :param even_most: Whether to detach them even then.
     :returns: The number of images, and the sources and folders that were not pruned, as ``{"path", "reason"}``.
     """
     pruning = Pruning(sources)
@@ -122,9 +122,9 @@ def prune_deleted(
 
 
 def doubtful_folder(folder: str, root: str) -> str | None:
-    """Return the last part of a missing file's folder that exists, if it is empty or a link that leads nowhere.
+    """Return the deepest folder above a missing file that exists, if it is empty or a link that leads nowhere.
 
-    :param root: The folder that is searched; those above are in no doubt.
+    :param root: The folder that is searched; those above are not checked.
     """
     while folder == root or is_below(folder, root):
         if os.path.lexists(folder):
@@ -142,13 +142,13 @@ class Forgotten(NamedTuple):
     images: dict[str, int]
     """How many images, by the path that was given."""
     deleted: int
-    """Points that no image was left of."""
+    """Points that had no image left."""
 
 
 def forget(store: Store, manifest: Manifest, paths: Sequence[str | Path]) -> Forgotten:
     """Remove files, folders, shards and URLs from a collection, whether they exist or not.
 
-    :param manifest: That of the collection; the next run reads the shards again that lose an image.
+    :param manifest: The manifest of the collection; shards that lose an image are read again by the next run.
     """
     images = Counter(dict.fromkeys(map(str, paths), 0))
     names: dict[str, list[str]] = {}
@@ -174,12 +174,12 @@ def forget(store: Store, manifest: Manifest, paths: Sequence[str | Path]) -> For
 
 
 def absolute(path: str) -> str:
-    """Return a path as it is in the keys of records: absolute. An address stays, unless it is of a local file."""
+    """Return a path as in the keys of records: absolute. An address stays as it is, unless it is of a local file."""
     local = local_path(path)
     return local if "://" in local else os.path.abspath(local)
 
 
 def keys_of(path: str, shards: Sequence[str]) -> set[str]:
-    """Return what names an image: its path, the folders and URLs above it, and those of these shards that hold it."""
+    """Return all names of an image: its path, the folders and URLs above it, and those of ``shards`` that hold it."""
     above = (path[: slash.start()] for slash in re.finditer("/", path))
     return {path, *above, *(shard for shard in shards if is_in_shard(path, shard))}

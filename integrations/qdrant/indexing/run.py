@@ -49,19 +49,19 @@ class IndexSummary:
     unchanged: int
     """Images with the same content, caption and metadata as before."""
     updated: int
-    """Images whose content was stored already, also by this run, with a new path, caption or metadata."""
+    """Images whose content was already stored, possibly by this run, with a new path, caption or metadata."""
     replaced: int
-    """Images with other content than before; the old point is deleted unless another image has its content."""
+    """Images whose content has changed; the old point is deleted unless another image has its content."""
     pruned: int
     """Images that no longer exist and were removed from the index; without ``prune`` none are."""
     failed: list[dict[str, str]]
-    """Images that could not be used, and places that were not pruned, as ``{"path", "reason"}``."""
+    """Images, metadata and folders that could not be used, and paths not pruned, as ``{"path", "reason"}``."""
     passed_over: dict[str, int]
     """How many files and folders were passed over, by the reason: ``system folder``, ``companion of another file``,
     ``deleted file``, ``cache``, ``excluded``, ``link in an archive``, ``name again in an archive``,
-    ``description of an image`` (a place that was given beside the image)."""
+    ``description of an image`` (a place that was given along with the image)."""
     seconds: float
-    """Without loading the model."""
+    """The duration, without loading the model."""
     images_per_second: float
     """Images embedded and stored per second."""
 
@@ -99,7 +99,7 @@ class IndexRun:
     prune: bool = False
     """Whether to remove images that no longer exist from the index."""
     prune_all: bool = False
-    """Whether ``prune`` does so where most of them are gone, too."""
+    """Whether to remove them even if most images of a source are gone."""
     on_done: Callable[[int], object] = lambda _: None
     """Called with the number of images that are done."""
     counts: Counter[Count] = field(default_factory=Counter)
@@ -116,11 +116,11 @@ class IndexRun:
     _shards: dict[str, ShardProgress] = field(default_factory=dict)
     """The shards that are not complete yet."""
     _complete_at_end: dict[str, CompleteShard] = field(default_factory=dict)
-    """The shards whose records are stored, and that have stale points."""
+    """The shards whose records are stored, but that have stale points."""
 
     def __post_init__(self) -> None:
         self.embed = self.store.embed
-        self._merger = Merger(self._misses, self.llama_index)
+        self._merger = Merger(self._is_missing, self.llama_index)
 
     def run(self, batch_size: int) -> None:
         """Bring the collection up to date with the sources.
@@ -172,7 +172,7 @@ class IndexRun:
         )
 
     def _records(self) -> Iterator[Record]:
-        """Yield the records of all shards that the collection does not have completely."""
+        """Yield the records of all shards that the collection does not hold completely."""
         for number, source in enumerate(self.sources):
             for shard in source.shards():
                 if not shard.version:
@@ -181,7 +181,7 @@ class IndexRun:
                     yield from self._read_shard(shard, number)
 
     def _skip(self, shard: Shard, number: int) -> bool:
-        """Return whether the collection has an unchanged shard completely; then count its records."""
+        """Return whether a shard is unchanged and the collection holds all of it; if so, count its records."""
         known = self.manifest.shard(storable(shard.key))
         faults = self.manifest.faults_in(storable(shard.key))
         if known is None or known.version != self._version(shard.version):
@@ -213,7 +213,7 @@ class IndexRun:
         self._finish_records(shard.key, 0)
 
     def _good_records(self, shard: Shard, number: int, progress: ShardProgress) -> Iterator[Record]:
-        """Yield the records of a shard, if it cannot be read to its end those before the fault, which is noted."""
+        """Yield the records of a shard; if it cannot be read to its end, those before the fault, which is noted."""
         try:
             for record in shard.records():
                 self.found[number] += 1
@@ -254,7 +254,7 @@ class IndexRun:
         return self.store.count(with_any_of("shard", [storable(shard)]))
 
     def _version(self, version: str) -> str:
-        """Return the version of a shard, with how it is read and what a run adds to its points."""
+        """Return the version of a shard, with that of the readers and what a run adds to its points."""
         return f"{READER} {version} {self.thumbnails and self.thumbnails.folder} {self.llama_index}"
 
     def _changed_records(self) -> Iterator[Record]:
@@ -273,14 +273,14 @@ class IndexRun:
                     yield record
 
     def _is_unchanged(self, record: Record, named: Sequence[NamedPoint]) -> bool:
-        """Return whether a record has the size and mtime that it had; then bring its description up to date."""
-        if len(named) != 1:  # new, or a run was killed before it had removed the old one
+        """Return whether a record has the size and mtime that it had; if so, bring its description up to date."""
+        if len(named) != 1:  # new, or an earlier run was killed before it removed the old point
             return False
         (point,) = named
         id_, payload, path = point.id, point.payload, storable(record.key)
-        has_time = record.mtime != 0 or record.shard is None  # an address alone may have none
+        has_time = record.mtime != 0 or record.shard is None  # a single address may have none
         lacks_thumbnail = self.thumbnails is not None and self.thumbnails.lacks(id_, payload)
-        if not (has_time and point.is_as_it_was(record)) or lacks_thumbnail:
+        if not (has_time and point.is_unchanged(record)) or lacks_thumbnail:
             return False
         if point.has_to_change(path):
             if self.embed != IMAGE and self._merger.changes_caption(payload, record):
@@ -322,7 +322,7 @@ class IndexRun:
             return False
         self.manifest.keep_fault(storable(record.key), storable(record.shard))
         for point in named:
-            if not point.is_as_it_was(record):  # else its caption is at fault, and the image is stored
+            if not point.is_unchanged(record):  # otherwise its caption is at fault, and the image stays stored
                 self._detach(point.id, storable(record.key), record.shard)
         self._fail(record, reason)
         return True
@@ -357,7 +357,7 @@ class IndexRun:
         return bool(others)
 
     def _detach(self, id_: str, path: str, shard: str | None) -> None:
-        """Let a point lose a path, that of a record in this shard, at the end of the run."""
+        """At the end of the run, remove a path, that of a record in this shard, from a point."""
         self._writer.detach(id_, path)
         if shard in self._shards:
             self._shards[shard].has_stale_points = True
@@ -375,7 +375,7 @@ class IndexRun:
         self._fail(record, error.reason)
 
     def _tried_version(self, record: Record) -> str:
-        """Return what changes when what is embedded of a record may have changed; empty if that is unknown."""
+        """Return a string that changes when what is embedded of a record may have; empty if that is unknown."""
         caption = caption_with_image(record, self.embed)
         return "" if not record.mtime else f"{record.size} {record.mtime}" + (f" {caption}" if caption else "")
 
@@ -395,6 +395,6 @@ class IndexRun:
             reason = "another process removed its point at the same time; run again"
             self.failed.append({"path": record.key, "reason": reason})
 
-    def _misses(self, key: str) -> bool:
-        """Return whether a file is gone that the run would have found."""
+    def _is_missing(self, key: str) -> bool:
+        """Return whether a file that the run would have found is gone."""
         return any(source.covers(key) and source.is_deleted(key) for source in self.sources)

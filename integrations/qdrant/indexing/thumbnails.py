@@ -15,9 +15,9 @@ THUMBNAIL_SIZE = 320
 
 
 def check_folder(folder: Path) -> None:
-    """Check that thumbnails can be in a folder.
+    """Check that a folder can hold thumbnails.
 
-    :raises CocoaError: If it holds something else, or there can be no such folder.
+    :raises CocoaError: If it holds something else, or cannot exist.
     """
     with readable_errors("folder for thumbnails", folder):
         refuse_foreign_folder(folder, marker=THUMBNAILS_MARKER)
@@ -27,7 +27,7 @@ class ThumbnailFolder:
     """A folder of JPEG files, one for each point."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Create the folder if needed, with the marker for which the search for images passes it over.
+        """Create the folder if needed, with the marker that makes the search for images pass it over.
 
         :raises CocoaError: If it cannot be created, or holds something else.
         """

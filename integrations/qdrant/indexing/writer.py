@@ -18,7 +18,7 @@ from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Record
 
 BATCH_POINTS = 64
-"""New points a write."""
+"""New points per write."""
 
 
 @dataclass(eq=False)
@@ -27,7 +27,7 @@ class Batch:
 
     points: dict[str, Point] = field(default_factory=dict)
     changes: dict[str, Change] = field(default_factory=dict)
-    """By id; also of the new points, which another process may have inserted meanwhile."""
+    """Changes by point id, including the new points, which another process may have inserted meanwhile."""
     shards: Counter[str] = field(default_factory=Counter)
     """How many records of each shard the batch completes."""
     writing: Future[list[str]] | None = None
@@ -80,7 +80,7 @@ class Writer:
     def hold(self, id_: str, record: Record, thumbnail: str | None = None, vector: NewVector | None = None) -> None:
         """Record that a stored point's content is held by a record, which describes it if it is the first.
 
-        :param vector: One that embeds the record's caption, if that changes the point's.
+        :param vector: A vector that embeds the record's caption, if that replaces the caption of the point.
         """
         change = self._hold(id_, record)
         if vector is not None:
@@ -97,17 +97,17 @@ class Writer:
         return change
 
     def detach(self, id_: str, path: str) -> None:
-        """Record that a path holds a point's content no longer; ``finish`` removes it, when all that is new is stored.
+        """Record that a path no longer holds a point's content; ``finish`` removes it once everything new is stored.
 
-        :param path: As the payload has it.
+        :param path: The path in the payload.
         """
         self._detached.write(json.dumps([id_, path]) + "\n")
 
     def flush(self) -> None:
-        """Begin to write what has come; wait while twice as many batches wait as there are threads."""
+        """Start to write what was added; wait while there are more than two unfinished batches per thread."""
         batch, self._batch = self._batch, Batch()
         if batch.changes:
-            # Threads take batches in order, so that no batch waits for one behind it.
+            # Threads take batches in order, so that no batch waits for a later one.
             earlier = [each.writing for each in self._written if each.points.keys() & batch.changes.keys()]
             batch.writing = self._pool.submit(self._write, batch, [future for future in earlier if future is not None])
             self._written.append(batch)
@@ -115,13 +115,13 @@ class Writer:
             self._take_written()
 
     def drain(self) -> None:
-        """Wait until everything that has come is written."""
+        """Wait until everything that was added is written."""
         self.flush()
         while self._written:
             self._take_written()
 
     def finish(self) -> None:
-        """Write everything, then remove the detached paths, and points without any.
+        """Write everything, then remove the detached paths, and the points that have no path left.
 
         :raises CocoaError: If the store fails.
         """

@@ -80,7 +80,7 @@ class Range:
 
     path: str
     bounds: Mapping[str, float | datetime]
-    """By ``gt``, ``gte``, ``lt`` or ``lte``."""
+    """The bounds, by ``gt``, ``gte``, ``lt`` or ``lte``."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,12 @@ def check_whole(key: str, value: str) -> None:
     """
     if "*" in value:
         raise UsageError(
-            f"{key} is compared as a whole, {value!a} is no pattern; look for words with ~, as in {key}~jpeg"
+            f"{key} is compared as a whole, so {value!a} is not a pattern; search for words with ~, as in {key}~jpeg"
         )
     if key in ("path", "paths") and not re.match(r"[/\\]|[A-Za-z][\w+.-]*:", value):
-        raise UsageError(f"{key} holds absolute paths, {value!a} is not one; compare it with relative_path")
+        raise UsageError(f"{key} holds absolute paths, and {value!a} is not one; compare it with relative_path")
     if key in ("path", "paths", "relative_path", "relative_paths") and value.endswith(("/", "\\")):
-        raise UsageError(f"{key} is compared as a whole, {value!a} is a folder; give the path of an image")
+        raise UsageError(f"{key} is compared as a whole, but {value!a} is a folder; give the path of an image")
 
 
 def _at_time(key: str, value: Scalar) -> Condition:
@@ -189,8 +189,8 @@ def _at_time(key: str, value: Scalar) -> Condition:
 def compare(key: str, bound: str, value: Scalar) -> Condition:
     """Return the condition that a field is above or below a value, a number or a date.
 
-    :param bound: The name of a bound of ``Range``. A year, a month or a day stands for its first moment; in "up to and
-        with" it, for its last.
+    :param bound: The name of a bound of ``Range``. A year, a month or a day stands for its first moment; with ``lte``,
+        for its last.
     :raises UsageError: If the value does not fit the field.
     """
     type_ = field_type(key)
@@ -234,11 +234,11 @@ def check_type(key: str, type_: str | None, value: Scalar) -> None:
     :raises UsageError: If it is one.
     """
     if (type_ == TEXT and not isinstance(value, str)) or (is_number(value) is False and type_ == NUMBER):
-        raise UsageError(f"{key} is a {type_}, {value!a} is not")
+        raise UsageError(f"{key} is a {type_}, but {value!a} is not")
 
 
 def is_number(value: Scalar) -> TypeGuard[int | float]:
-    """Say whether a value is a number.
+    """Return whether a value is a number.
 
     :raises UsageError: If it is one that Qdrant cannot compare with.
     """
@@ -250,7 +250,7 @@ def is_number(value: Scalar) -> TypeGuard[int | float]:
 
 
 def is_storable(number: float) -> bool:
-    """Say whether Qdrant can store a number: not NaN, not infinite, and no integer beyond 64 bits."""
+    """Return whether Qdrant can store a number: not NaN, not infinite, and no integer beyond 64 bits."""
     return abs(number) <= LARGEST_INTEGER if isinstance(number, int) else math.isfinite(number)
 
 

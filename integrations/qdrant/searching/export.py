@@ -17,7 +17,7 @@ from cocoa_embed.integrations.qdrant.stores.base import StoredPoint
 
 STANDARD_OUTPUT = "-"
 ROWS_AT_ONCE = 1024
-"""Rows of a row group of Parquet: what is in memory."""
+"""Rows per Parquet row group, which is held in memory."""
 
 
 def check_out(out: str) -> None:
@@ -29,11 +29,11 @@ def check_out(out: str) -> None:
     if out == STANDARD_OUTPUT:
         return
     if Path(out).suffix not in WRITERS:
-        raise UsageError(f"{printable(out)} is no file for points; give one that ends in .jsonl or .parquet, or -")
+        raise UsageError(f"{printable(out)} is not a file for points; give one that ends in .jsonl or .parquet, or -")
     if Path(out).suffix == ".parquet":
         require("pyarrow", "tables")
     if not Path(out).absolute().parent.is_dir():
-        raise CocoaError(f"{printable(out)} cannot be written, its folder does not exist")
+        raise CocoaError(f"{printable(out)} cannot be written: its folder does not exist")
 
 
 def write_points(out: str, points: Iterable[StoredPoint], standard_output: IO[str]) -> int:
@@ -65,7 +65,7 @@ def rows(points: Iterable[StoredPoint]) -> Iterator[dict[str, Any]]:
 
 
 def write_json_lines(file: Path | AbstractContextManager[IO[str]], points: Iterable[StoredPoint]) -> int:
-    """Write a JSON object a line, in ASCII: ``id``, ``payload``, and ``vector`` and ``caption_vector``."""
+    """Write one JSON object per line, in ASCII: ``id``, ``payload``, and ``vector`` and ``caption_vector``."""
     count = 0
     with file.open("w", encoding="ascii") if isinstance(file, Path) else file as lines:
         for count, row in enumerate(rows(points), 1):  # noqa: B007 - the last is returned

@@ -25,7 +25,7 @@ _COMPARISON = re.compile(rf"{_KEY}(?P<operator>!=|!~|<=|>=|==?|<|>|~|≠|≤|≥
 _MISTYPED = re.compile(r"""([^\s:"]+)(?:\s*:\s*|\s+)(\S.*)""", re.DOTALL)
 _CHOICE = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'[^']*'|“[^”]*”|[^|]*?)\s*(\||\Z)""", re.DOTALL)
 _SECOND = re.compile(r"""(?:[\s;,&]|\b)(?:and|&&?|,|;)\s*!?[\w.]+\s*[<>!~≠≤≥=]""", re.IGNORECASE)
-"""Matches where a value seems to go on with a second condition."""
+"""Matches where a value seems to continue with a second condition."""
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,18})(?:\.\d+)?(?:[eE][+-]?\d+)?")
 
 
@@ -59,7 +59,7 @@ def _parse(text: str) -> Condition:
     if presence := _PRESENCE.fullmatch(text):
         key = presence["key"]
         if mistyped := _MISTYPED.fullmatch(key):
-            raise UsageError(f'did you mean {mistyped[1]}={mistyped[2]}? A key of this name stands in quotes: "{key}"')
+            raise UsageError(f'did you mean {mistyped[1]}={mistyped[2]}? Put a key of this name in quotes: "{key}"')
         exists = conditions.on_paths(key, conditions.Exists)
         return Not(exists) if presence["absent"] else exists
     parts = _COMPARISON.fullmatch(text)
@@ -96,7 +96,7 @@ def split_choices(value: str) -> list[str]:
         if not choice:
             raise UsageError(f'a value is missing; {FORMS}, and "" for an empty text')
         if choice[0] in "=<>~":
-            raise UsageError(f'{FORMS}; a value that begins with {choice[0]} stands in quotes: "{choice}"')
+            raise UsageError(f'{FORMS}; put a value that begins with {choice[0]} in quotes: "{choice}"')
         if choice[0] not in QUOTES and _SECOND.search(choice):
             raise UsageError(
                 f'each filter is one condition, and all must hold; give several, or put the value in quotes: "{choice}"'

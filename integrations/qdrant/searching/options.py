@@ -1,4 +1,4 @@
-"""What the hits of a query must be. Imports no client."""
+"""The options of a search. Imports no client."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """What the hits of a query must be; ``Searcher.search`` describes them."""
+    """The options of a search; ``Searcher.search`` describes them."""
 
     limit: int = 10
     offset: int = 0
@@ -33,10 +33,10 @@ class SearchOptions:
         if not isinstance(self.group_by, str | None):
             raise UsageError(f"group_by is {self.group_by!r}; give one key of the payload")
         if type(self.vectors) is not int or self.vectors < 1:
-            raise UsageError(f"vectors is {self.vectors!r}; give a whole number from 1 on")
+            raise UsageError(f"vectors is {self.vectors!r}; give a whole number of 1 or more")
         if self.vectors > 1 and self.diversity is not None:
-            raise UsageError("vectors does not go together with diversity; give one of them")
+            raise UsageError("vectors and diversity cannot be combined; give one of them")
         if self.hnsw_ef is not None and (self.exact or not 1 <= self.hnsw_ef <= MAX_HITS):
             raise UsageError(f"hnsw_ef is {self.hnsw_ef}; give a number from 1 to {MAX_HITS}, or exact instead")
         if self.diversity is not None and (self.any_orientation or self.group_by is not None):
-            raise UsageError("diversity does not go together with any_orientation or group_by; give one of them")
+            raise UsageError("diversity cannot be combined with any_orientation or group_by; give one of them")

@@ -65,7 +65,7 @@ def refuse_unknown_keys(store: Store, conditions: Sequence[Any]) -> None:
 
 
 def required_places(condition: Any) -> Iterator[list[str]]:  # noqa: ANN401
-    """Yield the paths of each key that a point must have, one of them, for a condition to hold."""
+    """Yield, for each key that a condition requires, its paths; a point must have a value at one of them."""
     match condition:
         case And(parts):
             for part in parts:
@@ -82,7 +82,7 @@ def required_places(condition: Any) -> Iterator[list[str]]:  # noqa: ANN401
 
 
 def store_has(store: Store, places: Sequence[str]) -> bool:
-    """Return whether a point has a value at one of several paths, or the store does not say."""
+    """Return whether a point has a value at one of several paths, or the store cannot tell."""
     try:
         either = AnyPlace(tuple(map(Exists, places)))
         return any(store.points(read_filter(either, store.payload_indexes()), limit=1))
@@ -105,11 +105,11 @@ def create_index(store: Store, key: str, kind: str | None = None) -> tuple[str, 
     """Create the index that filters on a key need; return the path of its field, and its type.
 
     :param kind: The type; None infers it from a sample of points: texts get ``keyword``, whole values.
-    :raises UsageError: If ``kind`` is no type, or is not given and the values in the sample have no one type.
+    :raises UsageError: If ``kind`` is not a type, or is not given and the values in the sample have no one type.
     """
     paths = [key] if key in NODE_KEYS else field_paths(key)
     if kind not in (None, *INDEX_KINDS):
-        raise UsageError(f"{kind!r} is no type of index; give {', '.join(INDEX_KINDS)}")
+        raise UsageError(f"{kind!r} is not a type of index; give {', '.join(INDEX_KINDS)}")
     payloads = [point.payload for point in store.points(limit=SAMPLE)]
     types = {path: {type(value) for payload in payloads for value in values(payload, path)} for path in paths}
     field = next(filter(types.get, paths), paths[-1])
@@ -118,7 +118,7 @@ def create_index(store: Store, key: str, kind: str | None = None) -> tuple[str, 
         kind = base.KEYWORD
     elif kind is None and not found:
         raise UsageError(
-            f"none of {len(payloads)} images in {store.name} has the key {key!r}, so its type is not known; index such"
+            f"none of {len(payloads)} images in {store.name} has the key {key!r}, so its type is unknown; index such"
             " images first, or give the type"
         )
     elif kind is None and (len(found) > 1 or not found <= KINDS.keys()):

@@ -93,9 +93,9 @@ class Searcher(ABC):
 
         :param text: Always text, even if it is the name of a file or an address.
         :param image: A path, bytes, a ``BytesIO``, a ``data:`` address or a PIL image. With a text, both are one query.
-        :param like: Indexed images to be near to: paths, ids or hits. They are not among the hits themselves. Without
+        :param like: Indexed images that hits should resemble: paths, ids or hits. They are not hits themselves. Without
             text and image, no model is loaded.
-        :param unlike: Indexed images to be far from.
+        :param unlike: Indexed images that hits should not resemble.
         :param limit: The maximum number of hits.
         :param offset: The number of best hits to skip.
         :param score_threshold: The minimum cosine of a hit.
@@ -103,14 +103,15 @@ class Searcher(ABC):
             (see ``parse_filters``), or a Qdrant filter.
         :param any_orientation: Whether to search for the rotated and mirrored image too; the score of a hit is the best
             of the eight.
-        :param diversity: From 0 (the nearest) to 1 (hits as different from each other as can be), by maximal marginal
+        :param diversity: From 0 (the nearest) to 1 (hits as different from each other as possible), by maximal marginal
             relevance.
-        :param group_by: A key of the payload, such as ``album``: of all images with one value, only the best is a hit.
-        :param hnsw_ef: How many candidates the search index of a server or of Edge keeps: more are slower, and find
+        :param group_by: A key of the payload, such as ``album``: only the best image for each value is a hit.
+        :param hnsw_ef: How many candidates the search index of a server or of Edge considers: more are slower, and find
             more of the nearest.
-        :param exact: Whether to compare all vectors instead, as they are stored: slow, and finds all of the nearest.
-        :param vectors: Of a model of several vectors, how many of the query's. The first finds candidates, and their
-            score is the mean, over these, of the best cosine to one of an image's (MaxSim); 1: the first one's cosine.
+        :param exact: Whether to compare all vectors instead, as they are stored: slow, but finds all of the nearest.
+        :param vectors: For a model of several vectors, how many of the query's to use. The first finds candidates;
+            their score is the mean, over those used, of the best cosine to one of the image's vectors (MaxSim). With 1,
+            it is the cosine of the first vectors.
         :raises UsageError: If there is nothing to search for, a number or a condition is invalid, or nothing is found
             because no image has a key of the filter.
         :raises CocoaError: If there is no such collection, another model made it, or it does not hold an example.
@@ -133,7 +134,7 @@ class Searcher(ABC):
         """Return the hits of each of several queries, which are embedded together and sent as one request.
 
         :param queries: Texts, or mappings with ``text``, ``image``, ``like`` and ``unlike``.
-        :param options: Those of ``search``, from ``limit`` on.
+        :param options: Options of ``search``, from ``limit`` on.
         :raises UsageError: As ``search`` does.
         :raises CocoaError: As ``search`` does.
         """
@@ -146,9 +147,9 @@ class Searcher(ABC):
     asearch_many = in_thread(search_many)
 
     def create_payload_index(self, key: str, kind: str | None = None) -> str:
-        """Create an index for filters on a key, which a server in strict mode needs and others are faster with.
+        """Create an index for filters on a key: a server in strict mode needs it, and others filter faster with it.
 
-        :param key: As in a filter: ``licence`` is the column of that name.
+        :param key: The key as in a filter: ``licence`` is the column of that name.
         :param kind: ``keyword`` (whole texts), ``text`` (words), ``integer``, ``float``, ``bool`` or ``datetime``
             [default: what the values of some images are].
         :returns: The path of the field that the index is on.
@@ -193,12 +194,12 @@ class Searcher(ABC):
         return hits
 
     def _check_vectors(self, vectors: int) -> None:
-        """Check that the collection has so many vectors a point."""
+        """Check that the collection has at least ``vectors`` vectors per point."""
         signature = self.store.require_signature()
         if vectors > signature.vectors:
             remedy = f"give 1 to {signature.vectors}" if signature.vectors > 1 else "leave vectors out (--vectors)"
             raise UsageError(
-                f"vectors is {vectors}, and {self.store.name} has {of_vectors(signature.vectors)} a point; {remedy}"
+                f"vectors is {vectors}, but {self.store.name} has {of_vectors(signature.vectors)} per point; {remedy}"
             )
 
     def _merged(self, searches: Sequence[Query], options: SearchOptions) -> list[Hit]:
@@ -299,7 +300,7 @@ def as_id(name: str) -> str | int | None:
 def combine(query: np.ndarray | None, examples: Examples, vectors: int) -> np.ndarray:
     """Return the vector to search for: the mean of query and liked examples, moved away from the mean of the others.
 
-    As Qdrant's strategy ``average_vector`` does; each vector counts by its direction.
+    This is Qdrant's strategy ``average_vector``, on vectors of length 1.
 
     :param query: float32, shape ``(dimension,)``, or ``(vectors, dimension)``.
     :param vectors: How many of an example's vectors are combined, each with the query's of the same number.

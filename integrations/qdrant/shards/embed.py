@@ -1,4 +1,4 @@
-"""Embed the images of sources into a folder of Parquet files, part by part; parts that are there are skipped."""
+"""Embed the images of sources into a folder of Parquet files, part by part; parts that already exist are skipped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cocoa_embed.integrations.qdrant.stores.base import Point, signature_of
 from cocoa_embed.sources.base import Record, Shard, Source
 
 PART_RECORDS = 2048
-"""Images of a part that is no shard, on average; at most four times as many."""
+"""The average number of images in a part that is not a shard; the maximum is four times as many."""
 
 
 class Part(NamedTuple):
@@ -32,9 +32,9 @@ class Part(NamedTuple):
     name: str
     """A digest of the keys, versions and descriptions of what it holds: the name of its file."""
     key: str
-    """Of the shard, or of the first record."""
+    """The key of the shard, or of the first record."""
     records: Callable[[], Iterator[Record]]
-    """Yields the records, as those of a shard."""
+    """Yields the records, as a shard does."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class EmbedSummary:
     parts: int = 0
     """Files that were written."""
     skipped: int = 0
-    """Files that were there."""
+    """Files that were already there."""
     embedded: int = 0
     """Images that were embedded: copies in one part count once."""
     failed: list[dict[str, str]] = field(default_factory=list)
-    """Images that could not be used, also those of skipped files, as ``{"path", "reason"}``."""
+    """Images that could not be used, including those of skipped files, as ``{"path", "reason"}``."""
     seconds: float = 0.0
 
 
 def parts_of(sources: Iterable[Source], on_error: Callable[[str, str], object] = lambda *_: None) -> Iterator[Part]:
     """Yield the parts of sources: each shard that has a version, and the records of the others in groups.
 
-    A group ends where a digest of the last record's key says so: another file changes one or two groups, not all.
+    A group ends where a digest of the last record's key says so: a new file changes one or two groups, not all.
 
     :param on_error: Called with a list that cannot be read to its end, and the reason.
     :raises ImageError: If a folder cannot be listed.
@@ -80,7 +80,7 @@ def good_records(part: Shard | Part, on_error: Callable[[str, str], object]) -> 
 
 
 def version_of(record: Record) -> str:
-    """Return what changes when the image of a record, or what is said about it, may have changed."""
+    """Return a string that changes when the image of a record, or its description, may have changed."""
     described = json.dumps(describe(record), sort_keys=True) if record.metadata else ""
     return f"{record.key} {record.mtime} {record.size}{described}"
 
@@ -106,8 +106,8 @@ def plan(
 ) -> Iterator[Part | EmbedSummary]:
     """Yield the parts that a folder lacks, the summaries of those that it has, and one of lists that cannot be read.
 
-    :param number: Of this machine, from 1 to ``count``, of those that embed the same sources, each every ``count``-th.
-    :param retry_failed: Whether it lacks parts of which some images could not be used.
+    :param number: The number of this machine, from 1 to ``count``; each machine embeds every ``count``-th part.
+    :param retry_failed: Whether parts with images that could not be used count as lacking.
     :raises CocoaError: If the folder or a source cannot be listed.
     """
     names = set(folder.names())
@@ -149,7 +149,7 @@ def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder) -> EmbedSu
 
 
 def embed(planned: Iterable[Part | EmbedSummary], folder: EmbeddingFolder, encoder: Encoder) -> Iterator[EmbedSummary]:
-    """Embed what a ``plan`` has; yield what became of each part.
+    """Embed the parts of a ``plan``; yield a summary of each.
 
     :raises CocoaError: If the folder has embeddings of another model, or cannot be written.
     """
@@ -176,7 +176,7 @@ def total(
 ) -> EmbedSummary:
     """Return the summary of all parts.
 
-    :param faults: What of the sources could not be used before there were parts, as ``{"path", "reason"}``.
+    :param faults: What could not be used when the sources were opened, as ``{"path", "reason"}``.
     """
     every = list(summaries)
     failed = sorted(chain(faults, *(each.failed for each in every)), key=lambda failure: failure["path"])

@@ -1,4 +1,4 @@
-"""A folder of Parquet files with embeddings, local or remote, each file there whole or not at all."""
+"""A folder of Parquet files with embeddings, local or remote; each file is complete or absent."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SIGNATURE_FILE = "cocoa-embed.json"
 """Names the model that made the embeddings of a folder."""
 
 SUFFIX, FAILED_SUFFIX = ".parquet", ".failed.parquet"
-"""Of a file, and of one where some images could not be used."""
+"""The suffix of a file, and of one with images that could not be used."""
 
 FAILED_KEY = "cocoa_embed.failed"
-"""The key in a file's metadata of the images that could not be used, as JSON."""
+"""The key, in a file's metadata, of the images that could not be used, as JSON."""
 
 ROWS_AT_ONCE = 1024
 """Rows of a row group: what a writer and a reader hold in memory."""
@@ -37,7 +37,7 @@ class EmbeddingFolder:
 
     place: str
     embed: str = IMAGE
-    """What new embeddings are of: one of ``EMBEDS``."""
+    """What new embeddings hold for an image: one of ``EMBEDS``."""
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
@@ -89,9 +89,9 @@ class EmbeddingFolder:
         return found
 
     def sign(self, signature: Signature) -> None:
-        """Name the model of a folder's embeddings.
+        """Record the model of a folder's embeddings.
 
-        :raises CocoaError: If the folder has those of another model, or cannot be written.
+        :raises CocoaError: If the folder has embeddings of another model, or cannot be written.
         """
         found = self.signature()
         if found is None:
@@ -110,7 +110,7 @@ class EmbeddingFolder:
         :param stem: Its name without a suffix. A file of this name with the other suffix is removed.
         :param points: Taken one by one.
         :param failed: The images that could not be used, complete when all points are taken.
-        :param length: The values of an embedding, those of several vectors one after the other.
+        :param length: The number of values of an embedding, over all of its vectors.
         :raises CocoaError: If the file cannot be written.
         """
         import pyarrow as pa
@@ -179,7 +179,7 @@ class EmbeddingFolder:
     def _write(self, fill: Callable[[Any], str | None]) -> None:
         """Write a file that gets its name when it is complete.
 
-        :param fill: Writes it, and returns its name, None to drop it.
+        :param fill: Writes it and returns its name, or None to drop it.
         """
         scratch = f"{self._path}/.{uuid.uuid4().hex}{SCRATCH_SUFFIX}"
         try:

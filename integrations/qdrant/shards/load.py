@@ -1,4 +1,4 @@
-"""Load a folder of embeddings into a collection; what is there already is merged, so that it can be done again."""
+"""Load a folder of embeddings into a collection; what is already there is merged, so that loading can be repeated."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def load(
 ) -> LoadSummary:
     """Load the points of a folder into a collection, which is created if it does not exist.
 
-    A content that the collection has already, from an earlier file or run, keeps its vector and gets the paths of the
-    new point; a path leaves the point of its earlier content. Of several descriptions of an image, the one in the file
-    that was written last stays.
+    Content that the collection already has, from an earlier file or run, keeps its vector and gets the paths of the new
+    point; a path is removed from the point of its earlier content. Of several descriptions of an image, the one in the
+    file that was written last is kept.
 
-    :param number: Of this process, from 1 to ``count``, of those that load the folder, each every ``count``-th file.
+    :param number: The number of this process, from 1 to ``count``; each process loads every ``count``-th file.
     :raises CocoaError: If the folder has no embeddings, or those of another model than the collection.
     """
     signature = folder.require_signature()

@@ -1,4 +1,4 @@
-"""Storage backends of a collection. A new one is a module with ``open_collection`` and a line in ``BACKENDS``."""
+"""Storage backends of a collection. A new one needs a module with ``open_collection`` and a line in ``BACKENDS``."""
 
 from importlib import import_module
 from typing import Any
@@ -9,7 +9,7 @@ from cocoa_embed.integrations.qdrant.stores.options import StoreOptions
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
 BACKENDS = {"client": "given_client", "path": "local", "url": "server", "edge": "edge"}
-"""The module of each backend, by the keyword that gives its location; imported when needed, as their packages are."""
+"""The module of each backend, by the keyword that gives its location; imported when needed, like their packages."""
 
 
 def open_store(*, collection: str, options: StoreOptions | None = None, **locations: Any) -> Store:
@@ -23,7 +23,7 @@ def open_store(*, collection: str, options: StoreOptions | None = None, **locati
     """
     given = {name: location for name, location in locations.items() if location is not None}
     if len(given) != 1:
-        raise UsageError(f"{len(given)} places to store points were given; give one of {', '.join(BACKENDS)}")
+        raise UsageError(f"{len(given)} storage locations were given; give one of {', '.join(BACKENDS)}")
     check_collection_name(collection)
     ((name, location),) = given.items()
     if name in ("path", "edge"):

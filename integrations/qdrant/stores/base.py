@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 KEYWORD, INTEGER, FLOAT, TEXT, BOOL, DATETIME = "keyword", "integer", "float", "text", "bool", "datetime"
 TENANT = "tenant"
-"""The type of a keyword index by whose values points are kept together."""
+"""The type of a keyword index whose values decide which points are stored together."""
 PAYLOAD_INDEXES = {
     **dict.fromkeys(("path", "relative_path", "paths", "sha256", "mime", "shard"), KEYWORD),
     **dict.fromkeys(("width", "height", "bytes", REVISION), INTEGER),
@@ -30,19 +30,19 @@ PAYLOAD_INDEXES = {
 """The payload indexes of a collection and their types, for the backends that have payload indexes."""
 
 EMBEDS = (IMAGE, TOGETHER, BOTH) = ("image", "image+caption", "both")
-"""What is embedded of an image: it alone; it and its caption in one vector; each in a vector of its own."""
+"""What is embedded: the image alone; the image and its caption in one vector; each in its own vector."""
 IMAGE_VECTOR, CAPTION_VECTOR = "image", "caption"
 """The names of the vectors where there are two."""
 
 ALL_VECTORS = "all"
-"""The name of the multivector of a model of several vectors, beside the first of them, which has no name."""
+"""The name of the multivector that holds all vectors of a model of several; the first alone has no name."""
 
 MEMORY = ":memory:"
 """The client's name for a local store without a folder, which is gone when the process ends."""
 MAX_HITS = 2**31 - 1
-"""The most hits of a search, those that it skips included."""
+"""The maximum number of hits of a search, including those that it skips."""
 MAX_DIVERSE_HITS = 2**14
-"""The same where diversity chooses among candidates."""
+"""The same, if diversity chooses among candidates."""
 DIVERSE_CANDIDATES = 4
 """Candidates per hit that diversity chooses from, and at least ``MIN_CANDIDATES`` in total."""
 MIN_CANDIDATES = 200
@@ -55,14 +55,14 @@ class Point(NamedTuple):
     id: str
     """A UUID, in lower case and with hyphens."""
     vector: np.ndarray
-    """float32, shape ``(dimension,)``, or ``(vectors, dimension)`` of a model of several vectors."""
+    """float32, shape ``(dimension,)``, or ``(vectors, dimension)`` for a model of several vectors."""
     payload: Payload
     """A JSON object."""
     caption: np.ndarray | None = None
-    """The same of the caption, where it has a vector of its own."""
+    """The vector of the caption, if it has its own."""
 
     def vectors(self, embed: str) -> Any:  # noqa: ANN401 - as the clients of Qdrant take them
-        """Return the values of the one vector, or of both by name; a point without a caption has no vector of it."""
+        """Return the values of the one vector, or of both by name; a point without a caption has no vector for it."""
         if embed != BOTH:
             return unnamed(self.vector)
         caption = {} if self.caption is None else {CAPTION_VECTOR: self.caption.tolist()}
@@ -70,10 +70,10 @@ class Point(NamedTuple):
 
 
 class NewVector(NamedTuple):
-    """What one vector of a stored point becomes."""
+    """The new value of one vector of a stored point."""
 
     name: str
-    """Empty where a point has one vector."""
+    """The name of the vector; empty if points have one vector."""
     values: np.ndarray | None
     """float32, of the shape of ``Point.vector``; None removes the vector."""
 
@@ -94,11 +94,11 @@ class Replacement(NamedTuple):
 
     id: str
     revision: int | None
-    """The payload's when it was read; None if it had none."""
+    """The revision of the payload when it was read; None if it had none."""
     payload: Payload | None
     """The new payload; None deletes the point."""
     size: int
-    """Of the payload and the vector, in bytes."""
+    """The size of the payload and the vector, in bytes."""
     vector: NewVector | None = None
     """None if the vectors stay as they are."""
 
@@ -119,7 +119,7 @@ class Query(NamedTuple):
     diversity: float | None = None
     """From 0 (the nearest) to 1 (the most different from each other): maximal marginal relevance."""
     hnsw_ef: int | None = None
-    """How many candidates the search index keeps: more are slower and find more."""
+    """How many candidates the search index considers: more are slower and find more."""
     exact: bool = False
     """Whether to compare all vectors, without the search index and the quantized vectors."""
 
@@ -140,7 +140,7 @@ class Query(NamedTuple):
 
     @property
     def of_first_vector(self) -> Query:
-        """The search by the first of several vectors for those that are rescored with all."""
+        """The search by the first of several vectors, for the candidates that all vectors rescore."""
         return self.of_each_vector._replace(vector=self.vector[0], score_threshold=None)
 
 
@@ -152,16 +152,16 @@ class StoredPoint(NamedTuple):
     vector: np.ndarray | None
     """float32, shape ``(dimension,)``; None if it was not requested."""
     caption: np.ndarray | None = None
-    """The same of the caption, where it has a vector of its own."""
+    """The vector of the caption, if it has its own."""
     vectors: np.ndarray | None = None
-    """Of a model of several vectors, all; shape ``(vectors, dimension)``."""
+    """All vectors, for a model of several; shape ``(vectors, dimension)``."""
 
 
 @dataclass(frozen=True)
 class Hit:
     """A point found by a search; ``score`` is the cosine of its vector and the query's.
 
-    Of several vectors it is the mean, over the query's, of the best cosine to one of the point's.
+    With several vectors, it is the mean, over the query's, of the best cosine to one of the point's.
     """
 
     id: str
@@ -188,7 +188,7 @@ class Signature:
     embed: str = IMAGE
     """One of ``EMBEDS``."""
     vectors: int = 1
-    """Of each point."""
+    """The number of vectors per point."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -196,16 +196,16 @@ class Signature:
         return (self.dimension,) if self.vectors == 1 else (self.vectors, self.dimension)
 
     def require(self, other: Signature, name: str, kind: str) -> None:
-        """Check that embeddings with another signature go with those of this one.
+        """Check that embeddings with another signature are compatible with those of this one.
 
         :param name: The ``kind``, such as a collection, that has this signature, for messages.
-        :raises CocoaError: If the model, the dimension, what is embedded or the number of vectors is another.
+        :raises CocoaError: If the model, the dimension, what is embedded or the number of vectors differs.
         """
         self.require_vectors(other.vectors, other.model, name, kind)
         if self.fingerprint not in (None, other.fingerprint) or self.dimension != other.dimension:
             raise CocoaError(
                 f"{name} was made with {self.model} ({self.dimension} dimensions), not with {other.model}"
-                f" ({other.dimension}); choose another {kind}, or the model that made it, with its --max-pixels"
+                f" ({other.dimension}); choose another {kind}, or give its model, with the same --max-pixels"
             )
         if self.embed != other.embed:
             raise CocoaError(
@@ -213,16 +213,16 @@ class Signature:
             )
 
     def require_vectors(self, count: int, model: str, name: str, kind: str) -> None:
-        """Check that embeddings of a model of ``count`` vectors go with those of this signature.
+        """Check that embeddings of a model of ``count`` vectors are compatible with this signature.
 
         :param name: The ``kind``, such as a collection, that has this signature, for messages.
-        :raises CocoaError: If its points have another number.
+        :raises CocoaError: If its points have another number of vectors.
         """
         if self.vectors != count:
             of_one = "the export of the model with --vectors 1"
             remedy = of_one if self.vectors == 1 else f"the model that made it ({self.model})"
             raise CocoaError(
-                f"{name} has {of_vectors(self.vectors)} a point, and {model} makes {of_vectors(count)};"
+                f"{name} has {of_vectors(self.vectors)} per point, but {model} makes {of_vectors(count)};"
                 f" choose another {kind}, or {remedy}"
             )
 
@@ -230,15 +230,15 @@ class Signature:
 def signature_of(encoder: Encoder, embed: str) -> Signature:
     """Return the signature of what a model embeds.
 
-    :param embed: What is embedded of an image: one of ``EMBEDS``.
+    :param embed: What is embedded for an image: one of ``EMBEDS``.
     :raises CocoaError: If the model does not embed that.
-    :raises UsageError: If several vectors of an image were to be kept beside one of its caption.
+    :raises UsageError: If the image would have several vectors and its caption another.
     """
     encoder.require_images(with_text=embed == TOGETHER)
     vectors = encoder.most_vectors
     if embed == BOTH and vectors > 1:
         raise UsageError(
-            f"--embed both keeps one vector of an image and one of its caption, and the model makes {vectors}; give"
+            f"--embed both keeps one vector of an image and one of its caption, but the model makes {vectors}; give"
             " --embed image or image+caption, or the export of the model with --vectors 1"
         )
     return Signature(encoder.name, encoder.fingerprint, encoder.dimension, embed, vectors)
@@ -268,11 +268,11 @@ def oversampling(limit: int) -> float:
 def image_path(payload: Payload) -> str:
     """Return the path of a point's image, also from a node that LlamaIndex wrote; empty if there is none.
 
-    It is the first of ``paths`` that exists; ``path`` if there is none, as where the files are on another machine.
+    It is the first of ``paths`` that exists; ``path`` if none exists, as when the files are on another machine.
     """
     if paths := payload.get("paths"):
-        living = (path for path in paths if isinstance(path, str) and not is_deleted(path))
-        return str(next(living, payload.get("path", "")))
+        existing = (path for path in paths if isinstance(path, str) and not is_deleted(path))
+        return str(next(existing, payload.get("path", "")))
     if "path" in payload or "_node_content" not in payload:
         return str(payload.get("path", ""))
     try:

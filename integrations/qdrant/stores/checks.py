@@ -1,4 +1,4 @@
-"""Check names, points and queries before a backend sees them. No input or output."""
+"""Check names, points and queries before a backend sees them, without any I/O."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def check_collection_name(name: str) -> None:
     length = len(name.encode(errors="replace"))
     if not name.strip(".") or length > MAX_COLLECTION_NAME or not name.isprintable() or set(name) & set('<>:"/\\|?*'):
         raise UsageError(
-            f"{name!a} is no name for a collection; use 1 to {MAX_COLLECTION_NAME} bytes, printable, and none of"
-            ' < > : " / \\ | ? *'
+            f"{name!a} is not a valid collection name; use 1 to {MAX_COLLECTION_NAME} bytes of printable text with none"
+            ' of < > : " / \\ | ? *'
         )
 
 
@@ -63,7 +63,7 @@ def check_url(url: str) -> None:
     """
     if "@" in url:
         raise UsageError(
-            "the address of a Qdrant server holds a user name or a password; give an API key (api_key, --api-key)"
+            "the address of a Qdrant server holds a user name or a password; use an API key (api_key, --api-key)"
         )
     try:
         parts = urlsplit(url)
@@ -71,13 +71,13 @@ def check_url(url: str) -> None:
     except ValueError:
         is_address = False
     if not is_address:
-        raise UsageError(f"{url!r} is no address of a Qdrant server; give one such as http://localhost:6333")
+        raise UsageError(f"{url!r} is not the address of a Qdrant server; give one such as http://localhost:6333")
 
 
 def check_points(points: Sequence[Point], shape: tuple[int, ...]) -> list[int]:
     """Refuse points that a backend refuses or changes.
 
-    :param shape: Of an embedding in the collection.
+    :param shape: The shape of an embedding in the collection.
     :returns: The maximum size of each point in bytes, as JSON.
     :raises CocoaError: If a vector is not finite or has another shape, or a payload is not JSON.
     """
@@ -91,14 +91,14 @@ def check_points(points: Sequence[Point], shape: tuple[int, ...]) -> list[int]:
 
 
 def vector_size(name: str, vector: np.ndarray, shape: tuple[int, ...]) -> int:
-    """Return the maximum size of a vector as JSON, in bytes; of several, with that of the first, which is there twice.
+    """Return the maximum size of a vector as JSON, in bytes; of several, the first counts twice, as it is stored twice.
 
     :raises CocoaError: If it is not finite, or has another shape.
     """
     if vector.shape != shape or not np.isfinite(vector).all():
         expected = " x ".join(map(str, shape))
         raise CocoaError(
-            f"{name} has a vector of shape {vector.shape}, expected {expected} finite values; nothing was written"
+            f"{name} has a vector of shape {vector.shape}; expected {expected} finite values; nothing was written"
         )
     return BYTES_PER_VALUE * (vector.size if vector.ndim == 1 else vector.size + vector.shape[1])
 
@@ -119,16 +119,16 @@ def check_query(query: Query, shape: tuple[int, ...]) -> Query:
 
     Qdrant's score of several vectors is a sum, and so is the threshold.
 
-    :param shape: Of an embedding in the collection.
+    :param shape: The shape of an embedding in the collection.
     :raises CocoaError: If the vector is not finite or has another dimension than the collection.
     :raises UsageError: If a number is not one that every backend takes, or the collection has fewer vectors.
     """
     check_numbers(query.limit, query.offset, query.score_threshold, query.diversity)
     if query.vector.shape[-1:] != shape[-1:] or not np.isfinite(query.vector).all():
-        raise CocoaError(f"the query's vector has shape {query.vector.shape}, expected {shape[-1]} finite values")
+        raise CocoaError(f"the query's vector has shape {query.vector.shape}; expected {shape[-1]} finite values")
     if query.vectors > (most := 1 if len(shape) == 1 else shape[0]):
         raise UsageError(
-            f"vectors is {query.vectors}, and the collection has {of_vectors(most)} a point; give 1 to {most}"
+            f"vectors is {query.vectors}, but the collection has {of_vectors(most)} per point; give 1 to {most}"
         )
     threshold = query.score_threshold
     if threshold is not None:  # the next smaller float32, as Qdrant leaves out scores that equal the threshold
@@ -139,7 +139,7 @@ def check_query(query: Query, shape: tuple[int, ...]) -> Query:
 def check_numbers(limit: int, offset: int, score_threshold: float | None, diversity: float | None) -> None:
     """Refuse numbers of a query that not every backend takes.
 
-    :raises UsageError: If one is no number, or out of its range.
+    :raises UsageError: If one is not a number, or is out of its range.
     """
     given: dict[str, Any] = {"limit": limit, "offset": offset}
     given |= {"score_threshold": score_threshold, "diversity": diversity}

@@ -1,4 +1,4 @@
-"""A collection behind a qdrant-client; the local store and the server build on it."""
+"""A collection accessed through a qdrant-client; the local store and the server build on it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ SIGNATURE_KEY = "cocoa_embed"
 """The key of the signature in the metadata of a collection."""
 
 UNINDEXED = re.compile(r'Index required but not found for \\?"(.+?)\\?" of one of the following types: \[(.*?)\]')
-"""What a server in strict mode, as hosted ones are, says to a filter on a field without an index."""
+"""The error of a server in strict mode, as hosted ones are, for a filter on a field without an index."""
 
 REFUSALS = (ValueError, KeyError, RuntimeError, AssertionError)
-"""Raised by the local client's checks, and by the remote one for an answer that Qdrant does not give."""
+"""Raised by the local client's checks, and by the remote client for an answer that is not from Qdrant."""
 FAILURES = (ApiException, QdrantException, RpcError, sqlite3.Error, OSError, *REFUSALS)
 """What a client raises."""
 
@@ -55,7 +55,7 @@ HNSW_KEY = "cocoa_embed_hnsw"
 
 
 class ClientStore(Store):
-    """A collection behind a client, which one thread at a time uses."""
+    """A collection accessed through a client that one thread at a time uses."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class ClientStore(Store):
         super().__init__(location, collection, options, place)
         self._opened = client
         self._info: models.CollectionInfo
-        """What ``signature`` has read of the collection."""
+        """The information about the collection that ``signature`` has read."""
 
     def collections(self) -> list[str]:
         """Return the names of all collections in this place."""
@@ -86,7 +86,7 @@ class ClientStore(Store):
         return {each.alias_name: each.collection_name for each in found}
 
     def set_alias(self, alias: str) -> str | None:
-        """Let an alias name this collection, in one step for all who use it; return what it has named before."""
+        """Make a name an alias of this collection, in one step for all clients; return what it referred to before."""
         self.require_signature()
         check_collection_name(alias)
         if alias in self.collections():
@@ -191,7 +191,7 @@ class ClientStore(Store):
         return {"query": nearest(query), "params": self._search_params(query), **search}
 
     def _best(self, query: Query) -> dict[str, Any]:
-        """Return the search of one vector, or of all of several among the best of the first."""
+        """Return the search by one vector, or by several among the best points of the first."""
         if query.vectors == 1:
             return self._nearest(query)
         rescored = {**self._nearest(query), "using": base.ALL_VECTORS}
@@ -202,7 +202,7 @@ class ClientStore(Store):
         return {**rescored, "prefetch": models.Prefetch(**self._nearest(first), limit=first.limit)}
 
     def _fused(self, query: Query) -> dict[str, Any]:
-        """Return the search of both vectors; diversity chooses by the image's among the best of both."""
+        """Return the search of both vectors; diversity chooses among the best of both, by the image's vector."""
         each = query.of_each_vector
         names = (base.IMAGE_VECTOR, base.CAPTION_VECTOR)
         both = [models.Prefetch(**self._nearest(each), limit=each.limit, using=name) for name in names]
@@ -257,9 +257,9 @@ class ClientStore(Store):
 
 
 def creation(signature: Signature, options: StoreOptions) -> dict[str, Any]:
-    """Return how a new collection keeps its points.
+    """Return the settings of a new collection.
 
-    Servers before 1.19 know no memory tiers, but ``on_disk`` and ``always_ram``, which newer ones then ignore.
+    Servers before 1.19 do not know memory tiers, only ``on_disk`` and ``always_ram``, which newer ones then ignore.
     """
     vectors = models.VectorParams(
         size=signature.dimension,

@@ -18,7 +18,7 @@ Part: TypeAlias = tree.Condition | models.Condition
 Filter: TypeAlias = Part | Sequence[str | Part] | str | None
 
 Indexes: TypeAlias = Mapping[str, str] | None
-"""The types of payload indexes by field, where a server takes filters on no other field; None if any field may be in a
+"""The types of payload indexes by field, if a server takes filters on no other field; None if any field may be in a
 filter."""
 SERVED = {"bool": bool, "integer": (int, float), "float": (int, float), "keyword": str}
 """The Python types of the values that an index of a type finds."""
@@ -27,7 +27,7 @@ SERVED = {"bool": bool, "integer": (int, float), "float": (int, float), "keyword
 def read_conditions(query_filter: Filter) -> list[Part]:
     """Return the conditions that a caller gives, which must all hold.
 
-    :param query_filter: A text (``parse_filters``), a condition of ours or of qdrant-client, or several of these.
+    :param query_filter: A text (``parse_filters``), a ``Condition``, one of qdrant-client, or several of these.
     :raises UsageError: If it is something else.
     """
     if query_filter is None:
@@ -50,7 +50,7 @@ def read_filter(query_filter: Filter, indexes: Indexes = None) -> models.Filter 
 
     :param indexes: Leave out what no index of these serves: a second place where a payload may have a key, and values
         of other types.
-    :raises UsageError: If it is no filter.
+    :raises UsageError: If it is not a filter.
     """
     parts = read_conditions(query_filter)
     if len(parts) == 1 and isinstance(parts[0], models.Filter):
@@ -87,7 +87,7 @@ def _convert(condition: tree.Condition, indexes: Indexes) -> models.Condition:
 def _equal_to_one_of(path: str, values: Sequence[tree.Scalar], indexes: Indexes) -> list[models.Condition]:
     """Return conditions of which one holds where a field equals a value.
 
-    Numbers are ranges, to which 1 and 1.0 are equal; to a match they are not.
+    Numbers become ranges, in which 1 equals 1.0; in a match, it does not.
     """
     conditions: list[models.Condition] = []
     served: Any = SERVED.get((indexes or {}).get(path, ""), object)

@@ -41,15 +41,15 @@ SNAPSHOT_FILE = "snapshot.tar"
 SCRATCH = "creating:"
 """An unfinished shard; no collection can have this name."""
 RESERVE = 128 * 2**20
-"""Free bytes that the disk must have before a write: where the engine's mapped files find no room, the kernel kills the
-process. An empty shard is 200 MB of holes, 100 MB of which some file systems fill."""
+"""Free bytes that the disk must have before a write: if the engine's mapped files find no room, the kernel kills the
+process. An empty shard is 200 MB of sparse files, of which some file systems allocate 100 MB."""
 READING_RESERVE = 32 * 2**20
 """Free bytes that the disk must have before a shard is opened."""
 BYTES_PER_BYTE = 4
 """Bytes that the engine may take for each byte of a point: log, payload, vector, indexes."""
 FLUSH_SECONDS = 5.0
-"""Between two flushes, as in a server. The engine's log survives a kill; a flush is for power failures, takes up to a
-second on a busy disk and blocks all threads."""
+"""The time between two flushes, as in a server. The engine's log survives a kill; a flush is for power failures, takes
+up to a second on a busy disk and blocks all threads."""
 
 
 def open_collection(folder: str | Path, collection: str, options: StoreOptions) -> EdgeStore:
@@ -96,7 +96,7 @@ class EdgeStore(Store):
     def create(self, signature: Signature, snapshot: Callable[[Path], object] | None = None) -> None:
         """Create the collection with its signature, or sign an existing one without a signature.
 
-        :param snapshot: Writes the snapshot of a server's shard, of which a new collection is made, to a file.
+        :param snapshot: Writes the snapshot of a server's shard, from which a new collection is made, to a file.
         """
         with self._readable_errors():
             self._refuse_foreign_folders()
@@ -129,7 +129,7 @@ class EdgeStore(Store):
         def optimize(shard: edge.EdgeShard) -> None:
             info = shard.info()
             if info.indexed_vectors_count < info.points_count:
-                # Segments are rewritten beside the old ones, which the next flush deletes; mapped files have holes.
+                # Segments are rewritten next to the old ones, which the next flush deletes; mapped files are sparse.
                 files = filter(Path.is_file, self._shard_folder.glob("segments/**/*"))
                 self._require_room(RESERVE + sum(file.stat().st_blocks * 512 for file in files))
             shard.optimize()
@@ -220,12 +220,12 @@ class EdgeStore(Store):
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise CocoaError(
-                f"the disk of {self.location} is full: {free // 2**20} MiB are free, Qdrant Edge needs"
+                f"the disk of {self.location} is full: {free // 2**20} MiB are free, but Qdrant Edge needs"
                 f" {-(-needed // 2**20)} MiB; what was stored so far is safe"
             )
 
     def _call(self, call: Callable[[edge.EdgeShard], Answer]) -> Answer:
-        """Return the result of a call of the open shard, which one thread at a time uses.
+        """Return the result of a call of the open shard, which only one thread uses at a time.
 
         :raises CocoaError: If it cannot be opened or fails.
         """
@@ -271,16 +271,16 @@ class EdgeStore(Store):
 
 
 RRF_K = 2
-"""That of a server and of the local mode."""
+"""The constant of Reciprocal Rank Fusion, as in a server and in the local mode."""
 HNSW_DEFAULTS = (16, 100, 10_000)
-"""Edges, candidates while building, and KB below which there is no graph: those of the engine."""
+"""The engine's defaults: edges, candidates while building, and the KB below which there is no graph."""
 TEXT_INDEX = edge.TextIndexParams(tokenizer=edge.TokenizerType.Word, lowercase=True, phrase_matching=True)
 
 
 def query_request(query: Query, is_fused: bool) -> edge.QueryRequest:
     """Return a query for the engine: of one vector, or of two whose hits are fused.
 
-    Diversity chooses by the image's among the best of both.
+    Diversity chooses among the best of both, by the vector of the image.
     """
     if not is_fused:
         search = nearest(query, base.ALL_VECTORS if query.vectors > 1 else None)
@@ -313,7 +313,7 @@ def nearest(query: Query, name: str | None) -> dict[str, Any]:
 
 
 def payload_schema(kind: str) -> Any:  # noqa: ANN401
-    """Return the engine's name of a type of payload index."""
+    """Return the engine's name for a type of payload index."""
     if kind == base.TENANT:
         return edge.KeywordIndexParams(is_tenant=True)
     return TEXT_INDEX if kind == base.TEXT else getattr(edge.PayloadSchemaType, kind.capitalize())
@@ -326,7 +326,7 @@ def flush_and_close(shard: edge.EdgeShard) -> None:
 
 
 def shard_config(signature: Signature, options: StoreOptions) -> edge.EdgeConfig:
-    """Return how a new shard keeps its vectors."""
+    """Return the settings of a new shard."""
     pinned = edge.Memory.Pinned
     quantization: dict[str | None, Any] = {
         "scalar": edge.ScalarQuantizationConfig(type=edge.ScalarType.Int8, quantile=0.99, memory=pinned),
@@ -366,4 +366,4 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise CocoaError(f"{printable(file)} holds no JSON object; the index cannot be opened") from error
+        raise CocoaError(f"{printable(file)} does not hold a JSON object; the index cannot be opened") from error

@@ -54,7 +54,7 @@ def _convert_plain(value: Any) -> Any:  # noqa: ANN401
         case list():
             return [_convert(element) for element in value]
         case bool():
-            return np.bool_(value)  # Edge takes Python's booleans for integers
+            return np.bool_(value)  # Edge treats Python's booleans as integers
         case datetime():
             return (value if value.tzinfo is not None else value.replace(tzinfo=timezone.utc)).isoformat()
         case date():

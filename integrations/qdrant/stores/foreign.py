@@ -14,10 +14,10 @@ writing."""
 EDGE_MARKER, EDGE_COLLECTION = ".cocoa-edge", "edge_config.json"
 """In a folder of shards, locked while one is created in it; the engine's own file in each shard."""
 OWN_MARKERS = {"path": (LOCAL_LOCK, LOCAL_META), "edge": (EDGE_MARKER,)}
-"""The files that mark the folder of an index, by the keyword that opens it. A killed process may leave the first alone;
+"""The files that mark the folder of an index, by the keyword that opens it. A killed process may leave only the first;
 every complete index has the last."""
 STORE_NAMES = {"path": "Qdrant's local mode", "edge": "Qdrant Edge"}
-"""The names of the kinds of index for people."""
+"""The names of the kinds of index, for messages."""
 SERVER_MARKERS = ("raft_state.json", ".qdrant-initialized")
 """In the storage folder of a Qdrant server, above its collections."""
 

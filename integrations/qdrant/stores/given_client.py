@@ -1,4 +1,4 @@
-"""A collection behind a ``QdrantClient`` that the caller made and closes."""
+"""A collection accessed through a ``QdrantClient`` that the caller made and closes."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from cocoa_embed.integrations.qdrant.stores.server import ServerStore
 
 
 def open_collection(client: QdrantClient, collection: str, options: StoreOptions) -> ClientStore:
-    """Return a collection behind a client, which may be connected to a server or local.
+    """Return a collection accessed through a client, which may be connected to a server or local.
 
     :raises UsageError: If it is an asynchronous client, or a location.
     """

@@ -45,7 +45,7 @@ def open_collection(path: str | Path, collection: str, options: StoreOptions) ->
 
 
 class InMemoryStore(ClientStore):
-    """A collection behind a local client, which has no indexes: filters look at every point."""
+    """A collection accessed through a local client, which has no indexes: filters look at every point."""
 
     _ids_by_path: dict[str, set[str]] | None = None
     """The points that have, or have had, a path; None until they are needed."""

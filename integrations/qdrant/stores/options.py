@@ -1,4 +1,4 @@
-"""How a backend connects, and how a new collection keeps its points."""
+"""How a backend connects, and how a new collection stores its points."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHOICES = {
     "hnsw": ("during", "after"),
 }
 TURBO_BITS = {"turbo": 4, "turbo2": 2, "turbo1": 1}
-"""Bits a value of TurboQuant."""
+"""Bits per value of TurboQuant."""
 NUMBERS = ("shards", "replicas")
 CREATE_KEYS = (*CHOICES, *NUMBERS, "tenant")
 """The options that count when a collection is created."""
@@ -25,16 +25,16 @@ CREATE_KEYS = (*CHOICES, *NUMBERS, "tenant")
 
 @dataclass(frozen=True, kw_only=True)
 class StoreOptions:
-    """How a backend connects, and how a new collection keeps its points."""
+    """How a backend connects, and how a new collection stores its points."""
 
     api_key: str | None = field(default=None, repr=False)
     """API key for the Qdrant server; other backends ignore it."""
     prefer_grpc: bool = False
-    """Whether to speak gRPC with the server, on port 6334."""
+    """Whether to use gRPC for the server, on port 6334."""
     vectors: Literal["float32", "float16"] | None = None
     """The type of the values of original vectors."""
     quantization: Literal["scalar", "binary", "turbo", "turbo2", "turbo1"] | None = None
-    """Search vectors of one byte a value (scalar), one bit (binary), or 4, 2 or 1 bits (TurboQuant), in memory; then
+    """Search vectors of one byte per value (scalar), one bit (binary), or 4, 2 or 1 bits (TurboQuant), in memory; then
     rescore the best with the originals."""
     memory: Literal["cached", "cold"] | None = None
     """Whether original vectors are read into memory at the start (cached), or from disk when needed (cold)."""
@@ -46,7 +46,7 @@ class StoreOptions:
     replicas: int | None = None
     """How many machines hold each shard."""
     tenant: str | None = None
-    """A key by whose values a server keeps points together, as most searches have a filter on it."""
+    """A key by whose values a server stores points together, for collections where most searches filter on it."""
 
     def __post_init__(self) -> None:
         given = asdict(self)
@@ -55,7 +55,7 @@ class StoreOptions:
                 raise UsageError(f"{name} is {given[name]!r}; it can be {', '.join(choices)}")
         for name in NUMBERS:
             if given[name] is not None and (type(given[name]) is not int or given[name] < 1):
-                raise UsageError(f"{name} is {given[name]!r}; it must be a whole number from 1 on")
+                raise UsageError(f"{name} is {given[name]!r}; it must be a whole number of 1 or more")
         if self.tenant is not None and not self.tenant.strip():
             raise UsageError("tenant is empty; give a key, such as user")
 

@@ -35,28 +35,28 @@ from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedR
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential, wait_random  # noqa: E402
 
 HNSW_M = 16
-"""Qdrant's default of edges a point in the search index."""
+"""Qdrant's default number of edges per point in the search index."""
 SNAPSHOT_SECONDS = 600
-"""Until a server begins to send a snapshot, and between two parts of it."""
+"""The time until a server begins to send a snapshot, and between two parts of it."""
 TIMEOUT_SECONDS = 60
 """Qdrant's default of 5 is short for a batch of large vectors."""
 MAX_BATCH_BYTES = 2**20
-"""Per request. A server takes 32 MiB, but a proxy before it often takes no more than this."""
+"""The maximum per request. A server accepts 32 MiB, but a proxy in front of it often accepts no more than this."""
 ATTEMPTS = 6
 FIRST_ATTEMPTS = 3
-"""Until the server has answered once, so that a wrong address is reported soon."""
+"""Attempts until the server has answered once, so that a wrong address is reported soon."""
 MAX_WAIT_SECONDS = 60.0
-"""Between two attempts, even if the server asks for more."""
+"""The maximum time between two attempts, even if the server asks for more."""
 
 TEMPORARY_CODES = frozenset(
     (Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.RESOURCE_EXHAUSTED, Status.ABORTED, Status.INTERNAL)
 )
 TOO_LARGE = re.compile(r"message (length )?(too large|larger than max)", re.IGNORECASE)
-"""Matches what gRPC says of a request above the limit of its own side or of the server's."""
+"""Matches the error of gRPC for a request above the client's or the server's limit."""
 
 Sent = TypeVar("Sent")
 SIGNATURE_SECONDS = 30.0
-"""How long a search trusts what it knows of a collection, which another process may have made anew."""
+"""How long a search trusts what it knows about a collection, which another process may have recreated."""
 
 back_off = wait_exponential(multiplier=0.5, max=20) + wait_random(0, 0.5)
 
@@ -87,14 +87,14 @@ class ServerStore(ClientStore):
         stored = self.signature()
         if stored is None or stored.fingerprint != signature.fingerprint:
             raise CocoaError(
-                f"Qdrant at {self.location} does not keep a collection's metadata; run version 1.16 or newer"
+                f"Qdrant at {self.location} does not store a collection's metadata; run version 1.16 or newer"
             )
         # The process that created the collection may have been killed before the last index.
         for key, kind in self.options.payload_indexes().items():
             self._create_payload_index(key, kind)
 
     def finish(self) -> None:
-        """Let the server build the search index that a run, also one that was killed, has put off (``hnsw=after``)."""
+        """Have the server build the search index that this run, or a killed one, has put off (``hnsw=after``)."""
         if self.signature() is None or not (self._info.config.metadata or {}).get(HNSW_KEY):
             return
         graph = models.HnswConfigDiff(m=HNSW_M) if self._info.config.hnsw_config.m == 0 else None
@@ -109,7 +109,7 @@ class ServerStore(ClientStore):
         self.require_signature()
         if (shards := self._info.config.params.shard_number) not in (None, 1):
             raise CocoaError(
-                f"{self.name} has {shards} shards, and Qdrant Edge takes one; load the embeddings with --edge instead"
+                f"{self.name} has {shards} shards, but Qdrant Edge takes one; load the embeddings with --edge instead"
             )
         key, name = self.options.api_key, quote(self.aliases().get(self.collection, self.collection), safe="")
         address = f"{self.location.rstrip('/')}/collections/{name}/shards/0/snapshot"
@@ -163,7 +163,7 @@ class ServerStore(ClientStore):
         except CocoaError:
             if self._known is not None:
                 self._known = None
-                self.require_signature()  # raises what is the matter, if the collection is gone
+                self.require_signature()  # raises a clearer error if the collection is gone
             raise
 
     def _insert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
@@ -243,7 +243,7 @@ def wait(state: RetryCallState) -> float:
 
 
 def halving(send: Callable[[Sequence[Sent]], object], parts: Sequence[Sent]) -> None:
-    """Send what a request holds, in smaller requests if the server or a proxy refuses the size."""
+    """Send a request, or several smaller ones if the server or a proxy refuses the size."""
     try:
         send(parts)
     except CocoaError as error:

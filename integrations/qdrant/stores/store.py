@@ -65,12 +65,12 @@ class Store(ABC):
     def signature(self) -> Signature | None:
         """Return the signature of the collection, or None if there is no such collection.
 
-        :raises CocoaError: If it holds other vectors than a model's, compared by cosine.
+        :raises CocoaError: If its vectors are not of the expected layout, or not compared by cosine.
         """
 
     @property
     def embed(self) -> str:
-        """What the collection embeds of an image: one of ``EMBEDS``."""
+        """What the collection embeds for an image: one of ``EMBEDS``."""
         return self._required_signature().embed
 
     def require_signature(self) -> Signature:
@@ -85,13 +85,13 @@ class Store(ABC):
 
     @abstractmethod
     def create(self, signature: Signature) -> None:
-        """Create the collection with its signature and payload indexes, or add what an existing one lacks of them.
+        """Create the collection with its signature and payload indexes, or add those that an existing one lacks.
 
         :raises CocoaError: If it exists with another signature or another dimension.
         """
 
     def scan(self, keys: Sequence[str] | None, condition: models.Filter | None = None) -> Iterator[tuple[str, Payload]]:
-        """Yield the id of every point and, of ``keys``, those that its payload has; all keys if there are none given.
+        """Yield the id of every point and the values of ``keys`` in its payload; the whole payload if they are None.
 
         :param condition: Yield only these points.
         """
@@ -129,8 +129,8 @@ class Store(ABC):
         """Replace payloads and wait until they are stored; a point that something else has changed stays as it is.
 
         :param changes: The id of a point, its payload as it was read, and the new one; None deletes the point.
-        :param vectors: By id, what becomes of a vector at the same time. It is stored before the payload, which says
-            what it embeds.
+        :param vectors: New vectors by id, replaced at the same time. They are stored before the payload, which says
+            what they embed.
         :raises CocoaError: If a vector or a payload cannot be stored; then nothing was written.
         """
         replacements = []
@@ -199,12 +199,14 @@ class Store(ABC):
         return {}
 
     def set_alias(self, alias: str) -> str | None:
-        """Let an alias name this collection, in one step for all who use it; return what it has named before.
+        """Make a name an alias of this collection, in one step for all clients; return what it referred to before.
 
-        :param alias: Any command and any client takes it for the name of the collection.
+        :param alias: Any command and any client accepts it as the name of the collection.
         :raises UsageError: If a collection has this name, or the backend has no aliases.
         """
-        raise UsageError(f"{self.location} has no aliases ({alias!r}); a server (url) and a local store (path) do")
+        raise UsageError(
+            f"{self.location} has no aliases ({alias!r}); a server (url) and a local store (path) have them"
+        )
 
     def payload_indexes(self) -> Mapping[str, str] | None:
         """Return the types of the payload indexes by field, if only those can be in a filter; None if any field can."""
@@ -218,7 +220,7 @@ class Store(ABC):
         """
 
     def finish(self) -> None:  # noqa: B027 - most backends have nothing to do
-        """Do the work that follows many writes: build the search index, where it was put off."""
+        """Do the work that follows many writes: build the search index, if that was put off."""
 
     def close(self) -> None:
         """Release files, locks and connections; the next use opens the store again. A given client stays open."""
@@ -261,7 +263,7 @@ class Store(ABC):
             others = []
         known = f" {did_you_mean(self.collection, others)}" if others else ""
         return CocoaError(
-            f"there is no {self.name}{known}; run cocoa-embed index first, or give another place or collection"
+            f"there is no {self.name}{known}; run cocoa-embed index first, or give another location or collection"
         )
 
     def _read_signature(
@@ -269,7 +271,7 @@ class Store(ABC):
     ) -> Signature:
         """Return the signature of a collection by its JSON object, the names of its vectors, and their one size.
 
-        :param sizes: Of the vectors that are compared by cosine.
+        :param sizes: The sizes of the vectors that are compared by cosine.
         :raises CocoaError: If it holds other vectors.
         """
         known = fields or {"model": "an unknown model", "fingerprint": None}

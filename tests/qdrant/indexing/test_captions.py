@@ -194,7 +194,7 @@ def test_embeddings_in_files_are_loaded_with_their_captions(album: Album, embed:
         folder.sign(replace(album.indexer.store.require_signature(), embed=IMAGE))
 
 
-def test_another_setting_is_refused_and_none_is_that_of_the_collection(tmp_path: Path, embed: str) -> None:
+def test_another_setting_is_refused_and_the_default_is_the_collections(tmp_path: Path, embed: str) -> None:
     client = QdrantClient(":memory:")
     album = Album(tmp_path / "photos", client=client, embed=embed)
     album.run()
@@ -209,10 +209,10 @@ def test_another_setting_is_refused_and_none_is_that_of_the_collection(tmp_path:
         QdrantIndexer(album.model, client=client, embed="caption")
 
 
-def test_a_caption_that_a_model_refuses_is_a_sentence(tmp_path: Path) -> None:
+def test_a_caption_that_a_model_refuses_is_reported_in_one_sentence(tmp_path: Path) -> None:
     album = Album(tmp_path / "photos", client=QdrantClient(":memory:"), embed=BOTH)
     album.describe(red="<|image_pad|>")
-    with pytest.raises(CocoaError, match=r"does not take the caption of .*red\.png, or of one of 0 images"):
+    with pytest.raises(CocoaError, match=r"does not accept the caption of .*red\.png, or of one of 0 images"):
         album.run()
 
 

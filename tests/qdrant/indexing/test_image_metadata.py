@@ -70,7 +70,7 @@ def test_a_file_exists_under_its_name_and_under_the_spelling_of_a_payload(tmp_pa
     assert [is_deleted(path) for path in stored] == [False, False, True]
 
 
-def test_a_system_folder_that_is_named_beside_the_folder_around_it_is_searched(tmp_path: Path) -> None:
+def test_a_system_folder_that_is_named_along_with_its_parent_is_searched(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / ".thumbnails", tmp_path / "sub"):
         write_images(folder, "a")
     named = [tmp_path, tmp_path / ".thumbnails" / "a.png", tmp_path / "sub"]

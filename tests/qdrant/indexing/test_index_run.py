@@ -186,7 +186,7 @@ def test_runs_killed_at_random_moments_are_finished_by_the_next(tmp_path: Path, 
     assert_a_run_finishes(location, folder)
 
 
-def test_a_full_disk_is_one_sentence_and_the_next_run_finishes(tmp_path: Path, location: Location) -> None:
+def test_a_full_disk_is_reported_in_one_sentence_and_the_next_run_finishes(tmp_path: Path, location: Location) -> None:
     folder = ChangingFolder(tmp_path / "pictures", seed=0, count=60)
     (error,) = run(index_with_little_disk, location, folder.folder, 64 * 1024)
     assert str(tmp_path / "store") in error

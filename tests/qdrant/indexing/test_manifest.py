@@ -13,7 +13,7 @@ from cocoa_embed.integrations.qdrant.indexing.manifest import CompleteShard, Fau
 SHARD = CompleteShard("1", 5, 4, True)
 
 
-def test_the_manifest_of_a_collection_is_kept_and_a_folder_that_cannot_be_written_is_no_fault(
+def test_the_manifest_of_a_collection_is_kept_and_an_unwritable_folder_is_not_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COCOA_CACHE", str(tmp_path / "cache"))

@@ -70,9 +70,7 @@ def dangling(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("unmount", [empty, with_lost_and_found, with_other_files, dangling, shutil.rmtree])
-def test_a_disk_that_is_not_mounted_loses_no_point_unless_it_is_asked_for(
-    disk: Disk, unmount: Callable[[Path], None]
-) -> None:
+def test_an_unmounted_disk_loses_no_points_unless_requested(disk: Disk, unmount: Callable[[Path], None]) -> None:
     before = disk.paths
     unmount(disk.folder)
     summary = disk.run(prune=True)
@@ -102,7 +100,7 @@ def test_up_to_three_in_ten_points_are_pruned(disk: Disk, deleted: int, pruned: 
     assert len(disk.paths) == COUNT - pruned
 
 
-def test_the_only_one_of_two_pictures_may_go_but_not_the_last(disk: Disk, tmp_path: Path) -> None:
+def test_one_of_two_pictures_may_be_pruned_but_not_the_last(disk: Disk, tmp_path: Path) -> None:
     two = tmp_path / "two"
     disk.paint(two, 2, first=100)
     disk.run(two)
@@ -268,7 +266,7 @@ class TestForget:
         assert disk.indexer.forget(disk.folder).deleted == COUNT - 1
         assert disk.run().indexed == COUNT
 
-    def test_a_file_beside_a_folder_stays_and_each_name_counts_what_it_names(self, disk: Disk, tmp_path: Path) -> None:
+    def test_a_file_next_to_a_folder_stays_and_each_name_has_its_own_count(self, disk: Disk, tmp_path: Path) -> None:
         trip = tmp_path / "trip"
         disk.paint(trip, 2, first=100)
         shutil.copy(trip / "100.bmp", tmp_path / "trip#2.bmp")
@@ -277,7 +275,7 @@ class TestForget:
         assert forgotten == ({str(trip / "101.bmp"): 1, f"{trip}/": 2, f"file://{trip}": 2}, 1)
         assert str(tmp_path / "trip#2.bmp") in disk.paths
 
-    def test_what_is_forgotten_of_an_archive_is_back_after_a_run(self, disk: Disk, tmp_path: Path) -> None:
+    def test_a_forgotten_image_of_an_archive_is_back_after_a_run(self, disk: Disk, tmp_path: Path) -> None:
         archive = tmp_path / os.fsdecode(b"caf\xe9.tar")
         archive.write_bytes(tar([("x.png", png(1)), ("copy.png", png(1)), ("y.png", png(2))]))
         assert disk.run(archive).indexed == 2

@@ -69,7 +69,7 @@ def test_copies_that_another_process_indexes_at_the_same_time_keep_both_paths(
     assert_each_content_has_both_files(server, folders)
 
 
-def test_a_merge_that_another_process_has_overtaken_is_made_again(
+def test_a_merge_that_another_process_has_overtaken_is_repeated(
     server: FakeServer, indexers: list[QdrantIndexer], folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     one, other = indexers
@@ -125,7 +125,7 @@ def test_a_file_whose_point_another_process_deletes_meanwhile_is_reported_and_in
     assert len(paths(server)) == COUNT
 
 
-def test_merging_ends_if_others_never_stop(
+def test_merging_gives_up_if_other_writers_never_stop(
     server: FakeServer, indexers: list[QdrantIndexer], folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merge, "ATTEMPTS", 3)
@@ -137,5 +137,5 @@ def test_merging_ends_if_others_never_stop(
         other.store.replace_payloads([(id_, payload, payload) for id_, payload in points.items()])
 
     server.fail(MERGE, *[meanwhile(touch), lambda _: False] * 3)
-    with pytest.raises(CocoaError, match="other processes change 12 points all the time; run again"):
+    with pytest.raises(CocoaError, match="other processes keep changing 12 points; run again"):
         one.index(folders[0], progress=False)

@@ -96,17 +96,17 @@ WRONG = {
     "mime=a||b": "a value is missing",
     'mime="a"b': "not a text in double quotes",
     **dict.fromkeys(["a..b=1", "a[x]=1", '""=1'], "is not a key"),
-    "author:Ann": 'did you mean author=Ann? A key of this name stands in quotes: "author:Ann"',
+    "author:Ann": 'did you mean author=Ann? Put a key of this name in quotes: "author:Ann"',
     "mime: image/png": "did you mean mime=image/png?",
     "width 1000": "did you mean width=1000?",
     **dict.fromkeys(["author=Ann and width>5", "author=Ann, width>5", "author=Ann && year=5"], "each filter is one"),
-    "mime=image/*": "'image/*' is no pattern; look for words with ~",
-    "path=/photos/": "path is compared as a whole, '/photos/' is a folder",
-    "relative_path=photos/|a.png": "relative_path is compared as a whole, 'photos/' is a folder",
-    "path=photos/b.png": "path holds absolute paths, 'photos/b.png' is not one",
+    "mime=image/*": "'image/*' is not a pattern; search for words with ~",
+    "path=/photos/": "path is compared as a whole, but '/photos/' is a folder",
+    "relative_path=photos/|a.png": "relative_path is compared as a whole, but 'photos/' is a folder",
+    "path=photos/b.png": "path holds absolute paths, and 'photos/b.png' is not one",
     "width=>1000": "KEY>=VALUE",
-    'width="640"': "width is a number, '640' is not",
-    "width<1e999": "width is a number, '1e999' is not",
+    'width="640"': "width is a number, but '640' is not",
+    "width<1e999": "width is a number, but '1e999' is not",
     **dict.fromkeys(["year<old", "mtime=2026-13-01", "mtime=9999"], "is not a number or a date"),
     "path<b": "path is a text, which has no order",
     "width~6": "width is a number and has no words",
@@ -205,7 +205,7 @@ def test_filters_of_every_kind_are_taken_together() -> None:
     assert read_filter(filters[1]) is read_filter([filters[1]]) is filters[1]
 
 
-def test_anything_else_is_no_filter() -> None:
+def test_anything_else_is_not_a_filter() -> None:
     for wrong, kind in (({"must": []}, "dict"), (5, "int"), (["a", 5], "list of int, str"), ([{}], "list of dict")):
         with pytest.raises(UsageError, match=f"query_filter is a {kind}; give conditions, as in"):
             read_filter(wrong)

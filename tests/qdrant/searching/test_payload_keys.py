@@ -73,7 +73,7 @@ class TestUnknownKeys:
         monkeypatch.setattr(payload_keys, "SAMPLE", 1)
         assert found(points, "mixed=y") == [], "a key that the sample does not have"
 
-    def test_a_collection_without_points_says_nothing_of_keys(self, points: QdrantIndexer) -> None:
+    def test_a_collection_without_points_says_nothing_about_keys(self, points: QdrantIndexer) -> None:
         payload_keys.refuse_unknown_keys(points.store, [payload_keys.Exists("number")])
         delete(points.store, *(id_ for id_, _ in points.store.scan([])))
         payload_keys.refuse_unknown_keys(points.store, [payload_keys.Exists("zzz")])
@@ -133,7 +133,7 @@ class TestStrictServer:
         points.create_payload_index("year")
         assert all(request.method != "PUT" for request in server.requests[before:]), "it is there"
 
-    def test_a_filter_of_the_users_own_is_sent_as_it_is(self, points: QdrantIndexer, server: FakeServer) -> None:
+    def test_a_qdrant_filter_of_the_user_is_sent_unchanged(self, points: QdrantIndexer, server: FakeServer) -> None:
         either = models.Filter(
             should=[models.FieldCondition(key=key, match=models.MatchValue(value="CC0")) for key in ("mime", "licence")]
         )
@@ -142,7 +142,7 @@ class TestStrictServer:
 
     def test_a_type_that_qdrant_does_not_have_is_refused(self, points: QdrantIndexer) -> None:
         assert isinstance(points.store, ServerStore)
-        with pytest.raises(CocoaError, match="'number' is no type of index; give keyword, "):
+        with pytest.raises(CocoaError, match="'number' is not a type of index; give keyword, "):
             points.create_payload_index("licence", "number")
 
 

@@ -81,7 +81,7 @@ class TestExamples:
                 points.search(**wrong)
         with pytest.raises(UsageError, match="nothing to search for"):
             points.search(unlike="/a/1.png")
-        with pytest.raises(UsageError, match="no model was given, which a text or an image needs"):
+        with pytest.raises(UsageError, match="no model was given, but a text or an image needs one"):
             points.search("red", like="/a/1.png")
 
 
@@ -104,7 +104,7 @@ class TestMany:
         assert min(others) > 4
         assert diverse(0.6, offset=2)[:2] == [first, *others][2:]
 
-    def test_of_each_group_there_is_the_best_and_images_without_the_key_are_their_own(
+    def test_only_the_best_of_each_group_is_a_hit_and_images_without_the_key_are_not_grouped(
         self, points: QdrantIndexer
     ) -> None:
         # Without an album are 0, 3, 6, ...; in "b" 1, 5, ...; in "a" 2, 4, ...
@@ -129,14 +129,14 @@ class TestNumbers:
                 ({"diversity": value}, "diversity is .*; give a number from 0 to 1")
                 for value in (-0.1, 2, float("nan"))
             ],
-            ({"diversity": 0.5, "group_by": "album"}, "does not go together"),
+            ({"diversity": 0.5, "group_by": "album"}, "cannot be combined"),
             ({"group_by": "a..b"}, "is not a key"),
             ({"group_by": ["a"]}, "give one key of the payload"),
             *[({"limit": value}, "give a whole number") for value in ("3", 2.5, None)],
             ({"score_threshold": "0.5"}, "score_threshold is '0.5'; give a number"),
         ],
     )
-    def test_what_a_backend_does_not_take_is_one_sentence(
+    def test_what_a_backend_does_not_take_is_reported_in_one_sentence(
         self, points: QdrantIndexer, options: dict[str, Any], words: str
     ) -> None:
         with pytest.raises(UsageError, match=words):
@@ -181,7 +181,7 @@ class TestRequests:
         like = requests_of(server, lambda: remote.search(like=tmp_path / "red.png"))
         assert like == ["/points/scroll", "/points/query/batch"]
 
-    def test_a_collection_that_was_made_anew_by_another_model_or_is_gone_is_noticed(
+    def test_a_collection_that_was_recreated_by_another_model_or_deleted_is_noticed(
         self, server: FakeServer, remote: QdrantIndexer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         clock = Mock(return_value=0.0)
@@ -208,7 +208,7 @@ class TestRequests:
 
 
 class TestWrongInputs:
-    def test_what_is_no_text_image_or_client_is_named(self, tmp_path: Path) -> None:
+    def test_an_argument_that_is_not_a_text_image_or_client_is_named(self, tmp_path: Path) -> None:
         memory = QdrantIndexer(FakeModel(), path=":memory:")
         colour_image("red").save(tmp_path / "red.png")
         memory.index(tmp_path, progress=False)

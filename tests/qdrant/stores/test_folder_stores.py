@@ -55,7 +55,7 @@ class TestBoth:
     @pytest.mark.parametrize(
         "left", [[".cocoa-lock"], [".cocoa-lock", "meta.json.7.new"], ["meta.json", ".lock"], [".cocoa-edge"]]
     )
-    def test_a_store_whose_creation_was_killed_is_created_anew(self, left: list[str], tmp_path: Path) -> None:
+    def test_a_store_whose_creation_was_killed_is_created_again(self, left: list[str], tmp_path: Path) -> None:
         for file in left:
             (tmp_path / file).touch()
         store = open_store(**{"edge" if left == [".cocoa-edge"] else "path": tmp_path}, collection="images")
@@ -115,7 +115,7 @@ class TestLocal:
         ("file", "content"),
         [("collection/images/storage.sqlite", "x" * 5000), *[("meta.json", text) for text in ("", "{", "[]", "{}")]],
     )
-    def test_a_store_with_a_damaged_file_is_named_and_not_created_anew(
+    def test_a_store_with_a_damaged_file_is_named_and_not_created_again(
         self, store: Store, folder: Path, file: str, content: str
     ) -> None:
         store.close()
@@ -170,7 +170,7 @@ class TestEdge:
             store.count()
         for file, text in (("signature.json", "{"), ("edge_config.json", "5")):
             (folder / "images" / file).write_text(text)
-            with pytest.raises(CocoaError, match=rf"{file} holds no JSON object; .*cannot be opened"):
+            with pytest.raises(CocoaError, match=rf"{file} does not hold a JSON object; .*cannot be opened"):
                 store.signature()
 
     def test_a_kill_at_any_step_of_a_creation_leaves_no_collection(
@@ -236,7 +236,7 @@ class TestEdge:
         assert (store.count(), other.signature()) == (5, None)
         store.close()
         leave_free(10)
-        with pytest.raises(CocoaError, match="is full: 10 MiB are free, Qdrant Edge needs 32 MiB"):
+        with pytest.raises(CocoaError, match="is full: 10 MiB are free, but Qdrant Edge needs 32 MiB"):
             store.count()
         monkeypatch.undo()
         assert store.count() == 5

@@ -70,7 +70,7 @@ def test_temporary_failures_are_retried(
     assert (store.count(), len(waits), points.failures) == (5, 2, [])
 
 
-def test_a_lasting_failure_is_one_sentence_after_a_few_attempts(
+def test_a_lasting_failure_is_reported_in_one_sentence_after_a_few_attempts(
     store: ServerStore, points: FakePoints, waits: list[float]
 ) -> None:
     points.failures += [(StatusCode.ABORTED, "not\nnow")] * server.ATTEMPTS

@@ -48,7 +48,7 @@ def test_creation_options_are_read_from_a_text_or_a_mapping() -> None:
         ("shards=4,,replicas=2", "'' is not of the form"),
         ("shrads=4", r"no creation option 'shrads' \(did you mean 'shards'\? known: "),
         ("shards=2,shards=3", "a key twice"),
-        ("shards=four", "shards is 'four'; it must be a whole number from 1 on"),
+        ("shards=four", "shards is 'four'; it must be a whole number of 1 or more"),
         ("replicas=0", "replicas is 0; it must be"),
         ("shards=-1", "shards is '-1'"),
         ("vectors=float64", "vectors is 'float64'; it can be float32, float16"),
@@ -60,7 +60,7 @@ def test_creation_options_are_read_from_a_text_or_a_mapping() -> None:
         ({"tenant": " "}, "tenant is empty"),
     ],
 )
-def test_a_malformed_option_is_one_sentence(create: Any, words: str) -> None:  # noqa: ANN401
+def test_a_malformed_option_is_reported_in_one_sentence(create: Any, words: str) -> None:  # noqa: ANN401
     with pytest.raises(UsageError, match=words):
         QdrantIndexer(None, url="http://localhost:6333", create=create)
 
@@ -271,12 +271,15 @@ class TestAlias:
         assert store.count() == 4
         store.close()
 
-    def test_what_cannot_be_an_alias_is_one_sentence(self, place: dict[str, Any], tmp_path: Path) -> None:
+    def test_what_cannot_be_an_alias_is_reported_in_one_sentence(self, place: dict[str, Any], tmp_path: Path) -> None:
         store = open_store(**place, collection="first")
         with pytest.raises(CocoaError, match="there is no collection 'first'"):
             store.set_alias("images")
         store.create(SIGNATURE)
-        for alias, words in (("first", "'first' is a collection in .*, not an alias"), ("a/b", "is no name")):
+        for alias, words in (
+            ("first", "'first' is a collection in .*, not an alias"),
+            ("a/b", "is not a valid collection name"),
+        ):
             with pytest.raises(UsageError, match=words):
                 store.set_alias(alias)
         store.close()
@@ -348,4 +351,4 @@ class TestSeed:
         opener().create(SIGNATURE)
         server.shards = 4
         error = command("seed", "--url", server.url, "--edge", tmp_path / "index").error()
-        assert "has 4 shards, and Qdrant Edge takes one; load the embeddings with --edge instead" in error
+        assert "has 4 shards, but Qdrant Edge takes one; load the embeddings with --edge instead" in error

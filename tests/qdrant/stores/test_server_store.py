@@ -187,7 +187,7 @@ def test_a_request_too_large_for_a_proxy_is_halved(server: FakeServer, store: Se
 def test_a_server_without_metadata_is_refused(server: FakeServer, remote: OpenRemote) -> None:
     server.keeps_metadata = False
     for _ in range(2):
-        with pytest.raises(CocoaError, match=r"does not keep a collection's metadata; run version 1.16 or newer"):
+        with pytest.raises(CocoaError, match=r"does not store a collection's metadata; run version 1.16 or newer"):
             remote().create(SIGNATURE)
 
 

@@ -68,7 +68,9 @@ def test_a_score_is_the_mean_of_the_best_cosines_of_the_stored_vectors(
     assert again.signature() == SEVERAL
 
 
-def test_one_vector_of_a_query_searches_as_where_there_is_one(store: Store, opener: Callable[..., Store]) -> None:
+def test_one_vector_of_a_query_searches_as_in_a_collection_of_single_vectors(
+    store: Store, opener: Callable[..., Store]
+) -> None:
     single = opener("single", "other")
     single.create(SIGNATURE)
     single.insert([Point(name(number), vectors[0], {}) for number, vectors in enumerate(DOCUMENTS)])
@@ -91,7 +93,7 @@ def test_the_first_vector_finds_the_candidates(store: Store, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_threshold_is_of_the_mean_and_a_filter_of_the_candidates(store: Store, exact: bool) -> None:
+def test_a_threshold_applies_to_the_mean_and_a_filter_to_the_candidates(store: Store, exact: bool) -> None:
     scores = mean_max_sim(QUERY, DOCUMENTS)
     threshold = float(np.sort(scores)[-6])
     gif = models.Filter(must=[models.FieldCondition(key="mime", match=models.MatchValue(value="image/gif"))])
@@ -111,15 +113,15 @@ def test_new_vectors_replace_all(store: Store) -> None:
 
 
 def test_another_number_of_vectors_is_refused_with_both_numbers(store: Store, opener: Callable[..., Store]) -> None:
-    with pytest.raises(CocoaError, match=r"has 3 vectors a point, and m makes one vector; choose another collection"):
+    with pytest.raises(CocoaError, match=r"has 3 vectors per point, but m makes one vector; choose another collection"):
         store.create(SIGNATURE)
-    with pytest.raises(CocoaError, match=r"shape \(8,\), expected 3 x 8 finite values; nothing was written"):
+    with pytest.raises(CocoaError, match=r"shape \(8,\); expected 3 x 8 finite values; nothing was written"):
         store.insert([Point(name(99), DOCUMENTS[0, 0], {})])
-    with pytest.raises(UsageError, match="vectors is 4, and the collection has 3 vectors a point; give 1 to 3"):
+    with pytest.raises(UsageError, match="vectors is 4, but the collection has 3 vectors per point; give 1 to 3"):
         store.search(Query(np.ones((4, DIMENSION), dtype=np.float32), limit=1))
     single = opener("single", "other")
     single.create(SIGNATURE)
-    with pytest.raises(CocoaError, match="has one vector a point, and m makes 3 vectors"):
+    with pytest.raises(CocoaError, match="has one vector per point, but m makes 3 vectors"):
         single.create(SEVERAL)
-    with pytest.raises(UsageError, match="vectors is 2, and the collection has one vector a point"):
+    with pytest.raises(UsageError, match="vectors is 2, but the collection has one vector per point"):
         single.search(Query(QUERY[:2], limit=1))

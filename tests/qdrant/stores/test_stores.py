@@ -173,7 +173,7 @@ class TestPoints:
         ("change", "words"),
         [
             ({"vector": ONES * np.nan}, rf"point {name(7)} \('/a/7.png'\) .* finite values; noth"),
-            ({"vector": np.ones(DIMENSION + 1, np.float32)}, r"vector of shape \(9,\), expected 8 finite"),
+            ({"vector": np.ones(DIMENSION + 1, np.float32)}, r"vector of shape \(9,\); expected 8 finite"),
             ({"payload": {"a": [1, {"b": float("nan")}]}}, "not JSON"),
             ({"payload": {"\ud800": 1}}, "not JSON"),
         ],
@@ -275,17 +275,17 @@ SERVER = {"url": "http://localhost:6333"}
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"path": "x", "edge": "y"}, "2 places to store points were given"),
-        ({}, "0 places to store points were given; give one of client, path, url, edge"),
+        ({"path": "x", "edge": "y"}, "2 storage locations were given"),
+        ({}, "0 storage locations were given; give one of client, path, url, edge"),
         *[
-            ({"edge": "x", "collection": collection}, "is no name for a collection; use 1 to 255 bytes")
+            ({"edge": "x", "collection": collection}, "is not a valid collection name; use 1 to 255 bytes")
             for collection in ("", "..", "a/b", "a\0b", "n" * 256)
         ],
         *[
-            ({"url": url}, "is no address of a Qdrant server; .*http://localhost:6333")
+            ({"url": url}, "is not the address of a Qdrant server; .*http://localhost:6333")
             for url in ("", "localhost:6333", "http://localhost:0", "http://a\nb")
         ],
-        ({"url": "http://me:secret@localhost:6333"}, "password; give an API key"),
+        ({"url": "http://me:secret@localhost:6333"}, "password; use an API key"),
         ({**SERVER, "options": {"api_key": "secret\n"}}, "API key"),
     ],
 )

@@ -75,7 +75,7 @@ def test_each_stage_trains_on_without_a_row_that_proves_broken(
         Recipe.parse({**values, "data": {"folder": str(tmp_path / "scenes"), "on_bad_row": on_bad_row}})
         for on_bad_row in ("stop", "skip")
     )
-    with pytest.raises(CocoaError, match=r"\.png: .*leave such rows out by data\.on_bad_row=skip"):
+    with pytest.raises(CocoaError, match=r"\.png: .*leave such rows out with data\.on_bad_row=skip"):
         run(stop, out)
     replaced: dict[str, int] = {}
 

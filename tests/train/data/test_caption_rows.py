@@ -79,7 +79,7 @@ def test_text_files_beside_images_are_captions_of_a_folder_without_metadata(tmp_
     rows = read_image_folder(tmp_path, captions="captions", paraphrases=1)
     assert names_and_texts(rows) == [("a.png", "a <|image_pad|> ring"), ("b.png", "a star")]
     (tmp_path / "sub" / "b.txt").unlink()
-    with pytest.raises(RowError, match=r"b\.png: has no caption in b\.txt beside it"):
+    with pytest.raises(RowError, match=r"b\.png: has no caption in b\.txt next to it"):
         read_image_folder(tmp_path)
 
 

@@ -66,7 +66,7 @@ def test_images_are_found_once_and_rows_by_their_images_whose_values_are_summed(
         assert sums.tolist() == [sum(values.get(str(image), 0) for image in row_images(row)) for row in table]
 
 
-def test_a_file_is_opened_anew_where_a_table_is_sent(tmp_path: Path) -> None:
+def test_a_pickled_table_opens_its_file_again(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"image": [b"one", b"two"]}), tmp_path / "images.parquet")
     inside = open_parquet(tmp_path / "images.parquet")
     given_rows = [
@@ -77,7 +77,7 @@ def test_a_file_is_opened_anew_where_a_table_is_sent(tmp_path: Path) -> None:
     sent = pickle.dumps(table)
     assert len(sent) < 1000
     (tmp_path / "rows.arrow").rename(tmp_path / "moved.arrow")
-    with pytest.raises(CocoaError, match=r"rows\.arrow are not there any more.*COCOA_CACHE"):
+    with pytest.raises(CocoaError, match=r"rows\.arrow no longer exist.*COCOA_CACHE"):
         pickle.loads(sent)
     (tmp_path / "moved.arrow").rename(tmp_path / "rows.arrow")
     received = pickle.loads(sent)

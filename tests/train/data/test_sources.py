@@ -350,7 +350,7 @@ def test_the_mmeb_layout_gives_every_combination_of_text_and_image(mmeb: Path) -
     ]  # fmt: skip
     assert {row.subset for row in rows} == {"OK-VQA"}
     assert [row.source.rpartition(", ")[2] for row in bad] == ["row 6"]
-    assert [row.reason.split()[-1] for row in bad] == ["image"]
+    assert [row.reason.split()[-1] for row in bad] == ["path"]
 
 
 def test_an_mmeb_subset_has_splits_and_may_have_another_name_or_be_the_folder_itself(mmeb: Path) -> None:
@@ -380,7 +380,7 @@ def test_an_mmeb_table_may_leave_negatives_out_and_nothing_else(tmp_path: Path) 
     [
         ("OKVQA", {}, r"no subset 'OKVQA' \(did you mean 'OK-VQA'\? known: OK-VQA\)"),
         ("ImageNet-1K", {"mmeb": "TIGER-Lab/MMEB-train"}, r"no subset 'ImageNet-1K' \(did you mean 'ImageNet_1K'\?"),
-        ("OK-VQA", {"mmeb": "TIGER-Lab/MMEB-train"}, r"download them and give data\.images"),
+        ("OK-VQA", {"mmeb": "TIGER-Lab/MMEB-train"}, r"download them, and give their folder as data\.images"),
     ],
 )
 def test_a_missing_mmeb_source_is_named(mmeb: Path, subset: str, source: Values, message: str) -> None:

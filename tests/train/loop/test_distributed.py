@@ -189,7 +189,7 @@ def test_processes_with_different_numbers_of_mini_batches_share_the_features_of_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.0, 0.3])
-def test_pairs_from_either_side_do_too(recipe: Recipe, tmp_path: Path, weight: float) -> None:
+def test_two_processes_train_pairs_in_both_directions_like_one(recipe: Recipe, tmp_path: Path, weight: float) -> None:
     """The last pass of a step has images on one process and none on the other; gradients are exchanged in it."""
     assert recipe.contrastive is not None
     both = recipe.contrastive.model_copy(update={"directions": "both", "steps": 8, "reconstruction_weight": weight})
@@ -198,7 +198,7 @@ def test_pairs_from_either_side_do_too(recipe: Recipe, tmp_path: Path, weight: f
 
 
 @pytest.mark.slow
-def test_several_vectors_do_too(recipe: Recipe, tmp_path: Path) -> None:
+def test_two_processes_train_several_vectors_like_one(recipe: Recipe, tmp_path: Path) -> None:
     two, one = run_both(recipe.model_copy(update={"warmup": None, "eos_tokens": 3}), tmp_path)
     assert_same(two, one, ("bridge", "contrastive"))
     logs = [read_run(out)["stages"]["bridge"]["log"] for out in (one, two)]
@@ -207,7 +207,7 @@ def test_several_vectors_do_too(recipe: Recipe, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_mocas_pre_training_and_a_contrastive_stage_on_mean_embeddings_do_too(recipe: Recipe, tmp_path: Path) -> None:
+def test_two_processes_train_moca_and_mean_embeddings_like_one(recipe: Recipe, tmp_path: Path) -> None:
     moca = MocaSettings(**STAGE, mini_batch_size=2)
     given = recipe.model_copy(update={"warmup": None, "bridge": None, "moca": moca, "pooling": "mean"})
     assert_same(*run_both(given, tmp_path), ("moca", "contrastive"))

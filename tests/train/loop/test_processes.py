@@ -55,6 +55,6 @@ def test_processes_take_turns_and_give_up_on_one_that_hangs_in_training(tmp_path
     assert (tmp_path / "log").read_text().splitlines() == ["0 begins", "0 ends", "1 begins", "1 ends"] * 2
 
 
-def test_one_process_waits_for_nobody() -> None:
+def test_a_single_process_does_not_wait() -> None:
     with taking_turns(), training_patience():
         pass

@@ -173,7 +173,7 @@ def test_a_checkpoint_of_an_adapter_has_no_frozen_weights_and_resumes_to_the_sam
     assert_same(tmp_path / "out", tmp_path / "whole", stage)
 
 
-def test_a_checkpoint_of_an_adapter_is_refused_beside_other_frozen_weights(
+def test_a_checkpoint_of_an_adapter_is_refused_with_other_frozen_weights(
     recipe: Recipe, tiny_backbone_path: Path, tmp_path: Path
 ) -> None:
     backbone = Path(shutil.copytree(tiny_backbone_path, tmp_path / "backbone"))
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_an_adapter_is_refused_beside_other_frozen_weights(
         run(given, tmp_path / "out")
     weights = load_file(backbone / "model.safetensors")
     save_file({**weights, (name := max(weights)): weights[name] + 1}, backbone / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CocoaError, match=r"checkpoint-2.* belong to another model .* without --resume"):
+    with pytest.raises(CocoaError, match=r"checkpoint-2.* do not belong to the model .* without --resume"):
         run(given, tmp_path / "out", resume=True)
 
 
@@ -325,7 +325,7 @@ def test_a_changed_recipe_is_refused_with_its_differences(recipe: Recipe, whole:
         run(changed, whole("bridge"), resume=True)
 
 
-def test_a_run_that_a_missing_image_has_stopped_goes_on_without_it(
+def test_a_run_stopped_by_a_missing_image_resumes_without_it(
     recipe: Recipe, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the rows that it began with, from which a row that it had left out stays left out, and without a cache."""

@@ -57,7 +57,9 @@ def test_a_snapshot_has_the_weights_of_a_run_that_ends_there(whole: Path, recipe
 
 
 @pytest.mark.slow
-def test_so_has_a_snapshot_of_a_contrastive_stage_past_an_epochs_end(recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_a_contrastive_snapshot_past_an_epochs_end_has_the_weights_of_a_shorter_run(
+    recipe: MakeRecipe, tmp_path: Path
+) -> None:
     few = {"data": {"limit": 8}, "directions": "forward"}  # two steps an epoch
     run(recipe(contrastive={**few, "steps": 5, "snapshot_steps": [3]}), tmp_path / "long")
     run(recipe(contrastive={**few, "steps": 3}), tmp_path / "short")

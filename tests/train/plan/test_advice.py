@@ -46,11 +46,11 @@ def contrastive(**values: Any) -> Stage[Any]:
         (bridge(steps=1100), rows(400), ["400 rows 22 times; * set bridge.steps=1000, "]),
         (bridge(), rows(200, captions=1), ["Block B of stage bridge is 'caption 0' in all rows of data"]),
         (bridge(steps=800), rows(160, each=2), []),
-        (bridge(warmup_steps=500), rows(200), ["for 500 steps, and the stage has 500; lower bridge."]),
-        (bridge(batch_size=65), rows(64, each=50), ["65 rows, but only 64 of its rows are different; lower"]),
+        (bridge(warmup_steps=500), rows(200), ["for 500 steps, but the stage has 500; lower bridge."]),
+        (bridge(batch_size=65), rows(64, each=50), ["65 rows, but the stage has only 64 different rows; lower"]),
         (bridge(probe_rows=101), rows(200), ["too few images to hold 101 * takes 202), * lower bridge."]),
         (bridge(probe_rows=0), rows(200, each=5), []),
-        (bridge(), rows(200, question=None), ["No row of stage bridge is text alone, * bridge.data.paraphrases=2."]),
+        (bridge(), rows(200, question=None), ["No row of stage bridge is text only, * bridge.data.paraphrases=2."]),
         (bridge(), RowTable.of([*rows(200, question=None), *PARAPHRASE]), []),
         (contrastive(), rows(100), []),
         (bridge(probe_rows=1), rows(200), ["bridge.probe_rows is 1, and one image cannot be shuffled"]),
@@ -80,7 +80,7 @@ def test_a_thousand_photographs_are_too_few_for_the_papers_recipe_and_not_for_th
     parts = (
         "warmup draws each of its 1,000 rows 384 times",
         "bridge has 1,000 rows, too few for the 500 steps",
-        "and the stage has 32",
+        "but the stage has 32",
         "contrastive draws each of its 1,000 rows 2,000 times",
         "its batches have 1000, not 1024",
     )

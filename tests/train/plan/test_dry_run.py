@@ -40,7 +40,9 @@ def recipe(tiny_recipe: MakeRecipe, scene_folder: Path) -> MakeRecipe:
     return partial(tiny_recipe, warmup=STAGE, bridge=bridge, contrastive=contrastive)
 
 
-def test_the_run_does_as_planned(small_recipe: Recipe, finished: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
+def test_the_run_matches_its_plan(
+    small_recipe: Recipe, finished: Path, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
     planned = plan(small_recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists(), "a plan writes nothing"
     counted = Parameters.of(tiny_backbone.model).total
@@ -190,7 +192,7 @@ def captions_and_pairs(tmp_path: Path) -> dict[str, Any]:
     return {"subsets": {"photos": folder, "pairs": {"file": str(file), "limit": 9}}}
 
 
-def test_rows_say_how_they_come_about_and_which_are_left_out_of_the_bridge(
+def test_a_plan_says_where_rows_come_from_and_which_the_bridge_leaves_out(
     recipe: MakeRecipe, captions_and_pairs: dict[str, Any], tmp_path: Path
 ) -> None:
     warmup, bridge = plan(recipe(data=captions_and_pairs, contrastive=None), tmp_path / "out").stages
@@ -264,7 +266,7 @@ def test_images_that_do_not_fit_into_a_sequence_together_are_refused(
     given = recipe(data={"file": str(write_table(tmp_path / "pairs.jsonl", rows))}, max_pixels=224 * 224,
                    **values)  # fmt: skip
     if is_refused:
-        message = r"2 images of .*pairs\.jsonl:1 take 133 tokens together in stage .*, more than max_length 128; set"
+        message = r"2 images of .*pairs\.jsonl:1 take 133 tokens together in stage .*, more than max_length 128; lower"
         with pytest.raises(UsageError, match=message):
             examine(given, tmp_path / "out")
     else:
@@ -281,7 +283,7 @@ def test_an_interrupted_run_is_planned_from_its_newest_checkpoint(recipe: MakeRe
 
 
 @pytest.mark.slow
-def test_steps_are_timed_without_a_trace_of_them(recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_timing_steps_leaves_nothing_behind(recipe: MakeRecipe, tmp_path: Path) -> None:
     given = recipe(warmup=None, bridge={**STAGE, "probe_rows": 4, "probe_steps": 1})
     planned = plan(given, tmp_path / "out", card="h100", seconds_per_step=seconds_per_step)
     for stage in planned.stages:

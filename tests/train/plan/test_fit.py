@@ -49,7 +49,7 @@ def memory_for(meter: StageMeter, place: int, sequences: int, *, recomputes: boo
     return RESERVE + sum(meter.state_bytes().values()) + meter.mini_batch(place, sequences).peak_bytes
 
 
-def test_it_is_the_largest_size_whose_pass_and_states_fit(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
+def test_the_largest_size_whose_pass_and_states_fit_is_chosen(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
     stage = bridge()
     meter, shapes = measured(stage, tiny_backbone, scene_rows[0])
     sizes = sorted(stage.sizes_at_once(1))

@@ -126,7 +126,7 @@ def deep_config(backbone: Backbone) -> PreTrainedConfig:
     ],
 )
 @every_family_slowly
-def test_few_layers_tell_what_all_cost(
+def test_the_cost_of_all_layers_follows_from_few(
     tiny_backbone: Backbone,
     row: Row,
     monkeypatch: pytest.MonkeyPatch,
@@ -158,7 +158,7 @@ def test_few_layers_tell_what_all_cost(
         pytest.param("contrastive", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
     ],
 )
-def test_two_numbers_of_rows_tell_what_others_cost(
+def test_the_cost_of_any_number_of_rows_follows_from_two(
     tiny_backbone: Backbone, row: Row, kind: str, run: dict[str, Any]
 ) -> None:
     stage = a_stage(kind, {"mixed_precision": "bf16", **run}, adapter={"kind": "dora", "r": 4})

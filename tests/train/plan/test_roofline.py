@@ -105,7 +105,7 @@ def test_what_the_host_reads_is_counted(meter: Roofline) -> None:
         assert meter.tally.host_reads == 3
 
 
-def test_functions_are_as_before_afterwards(meter: Roofline) -> None:
+def test_patched_functions_are_restored(meter: Roofline) -> None:
     before = functional.scaled_dot_product_attention, nn.functional.dropout, Tensor.backward, Tensor.item
     with as_on_cuda(meter):
         assert functional.scaled_dot_product_attention is not before[0]

@@ -234,7 +234,7 @@ def test_a_row_without_content_is_unusable_and_an_error_that_names_it(scene_rows
     rows = [*scene_rows[:2], nothing, *(example_row(subset, A, B) for subset in BLOCKS)]
     stage = alone(Bridge, BridgeSettings(steps=1, batch_size=1))
     assert stage.usable(RowTable.of(rows)).tolist() == [row != nothing for row in rows]
-    with pytest.raises(RowError, match="NIGHTS, row 1: the row has no text beside its instructions"):
+    with pytest.raises(RowError, match="NIGHTS, row 1: the row has no text besides its instructions"):
         split_blocks(nothing)
 
 

@@ -55,7 +55,7 @@ def is_eos(batch: Batch) -> Tensor:
 # Stage 2
 
 
-def test_every_row_has_all_of_them_and_block_b_sees_a_prefix_of_its_own(
+def test_every_row_has_all_eos_tokens_and_block_b_sees_its_own_prefix(
     several: Backbone, tiny_backbone: Backbone, scene_rows: list[Row]
 ) -> None:
     batch, one = (bridge_collator(each)(numbered(scene_rows)) for each in (several, tiny_backbone))
@@ -76,7 +76,7 @@ def test_every_row_has_all_of_them_and_block_b_sees_a_prefix_of_its_own(
 
 
 @pytest.mark.parametrize("max_length", [20, 24])
-def test_truncation_leaves_all_of_them(several: Backbone, max_length: int) -> None:
+def test_truncation_keeps_all_eos_tokens(several: Backbone, max_length: int) -> None:
     several.processor.tokenizer.model_max_length = max_length
     long = Row(query=Item(text="large red circle " * 30), positive=Item(text="small blue ring " * 30), source="")
     batch = BridgeCollator(several.processor, 0)(numbered([long]))
@@ -243,7 +243,7 @@ def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_run_logs_shows_and_saves_them(finished: Path, scene_rows: list[Row], tmp_path: Path) -> None:
+def test_a_run_logs_shows_and_saves_eos_tokens(finished: Path, scene_rows: list[Row], tmp_path: Path) -> None:
     stages = read_run(finished)["stages"]
     assert all(0 < line["eos_similarity_loss"] <= 1 for line in stages["bridge"]["log"] if "loss" in line)
     blocks = stages["bridge"]["samples"]["mask"]["blocks"]
@@ -262,13 +262,13 @@ def test_a_run_logs_shows_and_saves_them(finished: Path, scene_rows: list[Row], 
     )
 
 
-def test_a_run_from_a_checkpoint_inherits_them_and_may_have_more_but_not_fewer(
+def test_a_run_from_a_checkpoint_inherits_eos_tokens_and_may_add_but_not_remove_some(
     finished: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
     given = recipe.model_dump(exclude_unset=True) | {"backbone": str(finished / "bridge"), "bridge": None}
     del given["eos_tokens"]
     assert examine(Recipe.parse(given), tmp_path).recipe.eos_tokens == COUNT
-    with pytest.raises(UsageError, match="eos_tokens is 2, and the backbone has 3"):
+    with pytest.raises(UsageError, match="eos_tokens is 2, but the backbone has 3"):
         examine(Recipe.parse(given | {"eos_tokens": 2}), tmp_path)
     assert examine(Recipe.parse(given | {"eos_tokens": 4}), tmp_path).recipe.eos_tokens == 4
 
@@ -284,7 +284,7 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe: Recipe, tmp_path: Path
     assert same_weights(resumed.folder, whole.folder)
 
 
-def test_their_tokens_are_counted(several: Backbone, tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
+def test_eos_tokens_are_counted(several: Backbone, tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
     stage = alone(Contrastive, ContrastiveSettings(steps=1, batch_size=2))
     tokens, lengths = [], []
     for backbone in (tiny_backbone, several):
@@ -303,10 +303,10 @@ def test_their_tokens_are_counted(several: Backbone, tiny_backbone: Backbone, sc
         ({"eos_tokens": 17}, "eos_tokens"),
         ({"eos_tokens": 0}, "eos_tokens"),
         ({"pooling": "mean"}, "eos_tokens: 3 vectors need pooling eos, not mean"),
-        ({"max_length": 11}, "max_length is 11, too short for an image with .* beside 3 <EOS>; raise it"),
+        ({"max_length": 11}, "max_length is 11, too short for an image with .* in addition to 3 <EOS>; raise it"),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused(
+def test_impossible_numbers_of_eos_tokens_are_refused(
     recipe: Recipe, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CocoaError, match=message):

@@ -65,7 +65,7 @@ def test_patches_that_are_not_masked_stay_bit_identical(masked: list[bool], fill
     assert (filled[which] != patches[which]).any(dim=1).all()
 
 
-def test_noise_is_drawn_anew_for_every_patch_and_every_batch() -> None:
+def test_noise_is_drawn_separately_for_every_patch_and_every_batch() -> None:
     patches, every = torch.full((20, 600), 9.0), torch.ones(20, dtype=torch.bool)
     generator = seeded()
     noise = torch.cat([fill_patches(patches, every, "noise", [10, 10], [generator] * 2) for _ in range(2)])

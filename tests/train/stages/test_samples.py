@@ -143,7 +143,7 @@ def test_no_more_rows_run_at_once_than_a_device_trains_on(
     assert [len(batch["input_ids"]) for batch, _ in parts] == [len(rows) for _, rows in parts] == expected
 
 
-def test_tokens_are_text_and_half_a_character_is_as_it_is_spelt(tiny_backbone: Backbone) -> None:
+def test_tokens_are_shown_as_text_and_partial_characters_as_spelt(tiny_backbone: Backbone) -> None:
     tokenizer = SimpleNamespace(
         convert_ids_to_tokens=["Ġred", "red", "Ċ", "Ã¤", "Ã", "<|image_pad|>", None].__getitem__,
         convert_tokens_to_string=tiny_backbone.processor.tokenizer.convert_tokens_to_string,

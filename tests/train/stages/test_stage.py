@@ -46,7 +46,7 @@ def test_another_stage_is_planned_trained_and_exported(recipe: LongerRecipe, tmp
     assert export_model(result.folder, tmp_path / "model").is_dir()
 
 
-def test_its_settings_are_validated_with_the_others(recipe: LongerRecipe) -> None:
+def test_the_settings_of_another_stage_are_validated_too(recipe: LongerRecipe) -> None:
     assert isinstance(recipe.stages["masked_language"], MaskedLanguage)
     with pytest.raises(UsageError, match=r"masked_language\.ratio = 2: .*; unknown key 'masked_language\.rato'"):
         LongerRecipe.parse({**recipe.model_dump(), "masked_language": {**STAGE, "ratio": 2, "rato": 1}})

@@ -84,7 +84,7 @@ def test_the_trainer_follows_its_settings(tiny_backbone: Backbone, scene_rows: l
     assert trainer.model_accepts_loss_kwargs is True
 
 
-def test_a_batch_is_learned(model: WarmupModel, batch: Batch) -> None:
+def test_training_on_one_batch_lowers_its_loss(model: WarmupModel, batch: Batch) -> None:
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-3)
     history = []
     for _ in range(20):

@@ -1,1 +1,1 @@
-"""Stage 2, bridge: block B is reconstructed through ``<EOS>`` alone."""
+"""Stage 2, bridge: the model reconstructs block B through ``<EOS>`` alone."""

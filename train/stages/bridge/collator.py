@@ -1,4 +1,4 @@
-"""Rows to batches of stage 2: ``[block A] <EOS> [block B]``, with most of block B masked."""
+"""Collate rows into batches of stage 2: ``[block A] <EOS> [block B]``, with most of block B masked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from cocoa_embed.train.stages.masking import draw_prefixes, mask_ratio, row_gene
 from cocoa_embed.train.stages.rendering import is_special, render_items, replace_masked, row_images, text_tokens
 
 NO_CONTENT = (
-    "the row has no text beside its instructions, and the bridge stage needs one for block B; caption its image."
+    "the row has no text besides its instructions, and the bridge stage needs one for block B; caption its image."
 )
 
 LONG_TEXT_WORDS = 32
@@ -31,8 +31,8 @@ class BridgeCollator:
     """Put the two blocks of a row around ``<EOS>`` and mask a ratio of block B's tokens.
 
     Adds to ``render_items``: ``blocks`` (``Block``, int64 ``[B, L]``), ``masked_tokens`` (bool ``[B, L]``) and
-    ``target_ids`` (int64 ``[masked tokens]``). Block B sees a random prefix of several ``<EOS>``, whose lengths are
-    ``target_prefixes`` (int64 ``[B]``).
+    ``target_ids`` (int64 ``[masked tokens]``). If there are several ``<EOS>``, block B sees a random prefix of them,
+    whose length is in ``target_prefixes`` (int64 ``[B]``).
     """
 
     processor: ProcessorMixin
@@ -87,9 +87,9 @@ class BridgeCollator:
 def split_blocks(row: Row, split: Split = "whole") -> tuple[Item, str]:
     """Return block A's item and block B's text.
 
-    Block B is the content of the side that has more of it, whole. It is the positive's if both have as much, and in a
-    row without images. Block A is the rest: the images of both sides, and the other side's instruction and content. If
-    the side of block B has an image, its instruction comes before them.
+    Block B is the whole content of the side that has more of it; it is the positive's if both sides have equally much,
+    and in a row without images. Block A is the rest: the images of both sides, and the other side's instruction and
+    content. If the side of block B has an image, its instruction comes before those.
 
     :param split: ``halves`` makes both blocks of block B's text, if the row has no image and the text is long.
     :raises RowError: If the row has no content text.
@@ -113,8 +113,8 @@ def join_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Append block B's tokens after a row's ``count`` ``<EOS>``, within ``max_length`` tokens.
 
-    If both do not fit, block A's text is cut until block B has a quarter of the length; visual tokens and ``<EOS>``
-    stay. Block B is cut to the rest.
+    If both blocks do not fit, block A's text is cut until a quarter of ``max_length`` is left for block B; visual
+    tokens and ``<EOS>`` stay. Block B is cut to the tokens that are left.
 
     :param input_ids: Block A and ``<EOS>``, int64 ``[length]``.
     :param token_types: Its ``mm_token_type_ids``, int64 ``[length]``.

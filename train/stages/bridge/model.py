@@ -22,7 +22,8 @@ from cocoa_embed.train.stages.reconstruction import (
 class BridgeModel(nn.Module):
     """The backbone under the bridge mask.
 
-    :param eos_similarity_weight: Of the mean squared cosine between a row's ``<EOS>`` states; of one there is none.
+    :param eos_similarity_weight: The weight of the mean squared cosine between a row's ``<EOS>`` states, if there are
+        several.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class BridgeModel(nn.Module):
         return masked_token_logits(self.backbone, self.hidden_states(batch), batch)
 
     def embed(self, batch: Batch) -> Tensor:
-        """Embed items of ``render_items`` as at inference, under full attention: vectors 1, ``[B, D]``, normalised."""
+        """Embed items of ``render_items`` as at inference, under full attention: vector 1, normalised ``[B, D]``."""
         mask = full_model_mask(self.backbone, batch["attention_mask"])
         hidden_states = last_hidden_states(self.backbone, batch, mask)
         eos = batch["attention_mask"].sum(dim=1) - 1
@@ -64,8 +65,8 @@ class BridgeModel(nn.Module):
 
         :param totals: How many ``target_ids`` and rows (``target_prefixes``) the whole step has, if the batch is a part
             of it.
-        :param embeds: Return ``embeddings`` of a batch of items instead. Sharded weights are whole only in a forward
-            pass, so ``embed`` has to be called from here.
+        :param embeds: Return ``embeddings`` of a batch of items instead. Sharded weights are gathered only in a forward
+            pass, so ``embed`` must be called from here.
         """
         if embeds:
             return {"embeddings": self.embed(batch)}

@@ -25,7 +25,7 @@ SHUFFLED_IMAGE = "accuracy_shuffled_image"
 NO_IMAGE = "accuracy_no_image"
 
 PROBE_METRICS = frozenset({MATCHING_IMAGE, ALIGNMENT})
-"""Metrics that only the log lines of a probe have."""
+"""Metrics that only log lines with a probe have."""
 
 
 def bridge_probe(
@@ -34,7 +34,7 @@ def bridge_probe(
     """Return a probe of a ``BridgeModel``: its accuracy on masked tokens, and the geometry of its embeddings.
 
     :param rows: Rows with one image each, all different.
-    :param prompts: Instructions for ``query`` and ``document``, as the exported model has them.
+    :param prompts: The instructions for ``query`` and ``document`` that the exported model has.
     :param batch_size: Rows to run at once.
     """
 
@@ -52,13 +52,13 @@ def bridge_probe(
 def eos_batches(
     collate: Callable[[list[Example]], Batch], rows: Sequence[Row], batch_size: int
 ) -> dict[str, list[Batch]]:
-    """Return the same rows with the matching images, with shuffled images, and without.
+    """Return the same rows with the matching images, with shuffled images, and without images.
 
-    Block B sees block A through ``<EOS>`` alone, so the gain of the matching image over no image is what ``<EOS>``
-    carries of it. The gain stays near zero on the stage's plateau and grows once the bridge is learned. A shuffled
-    image may do worse than none: it misleads a model that reads ``<EOS>``.
+    Block B sees block A through ``<EOS>`` alone, so the gain of the matching image over no image shows what
+    ``<EOS>`` carries of it. The gain stays near zero on the stage's plateau and grows once the bridge is learned. A
+    shuffled image may do worse than none: it misleads a model that reads ``<EOS>``.
 
-    :param collate: The bridge collator. It masks the same tokens of a block B after any image.
+    :param collate: The bridge collator. It masks the same tokens of block B whatever the image.
     """
     matching, shuffled = (
         [collate(part) for part in batched(numbered(each), batch_size)] for each in (rows, shuffle_images(rows))
@@ -81,9 +81,9 @@ def eos_accuracies(model: nn.Module, batches: Mapping[str, Sequence[Batch]]) -> 
 
 
 def without_images(batch: Batch) -> Batch:
-    """Let no position attend to the visual tokens of block A, in a batch of the bridge collator.
+    """Mask the visual tokens of block A out of attention, in a batch of the bridge collator.
 
-    Everything else stays, positions and masked tokens too. The vision encoder still runs, without effect.
+    Everything else stays, including positions and masked tokens. The vision encoder still runs, without effect.
     """
     visual = (batch["blocks"] == Block.A) & (batch["mm_token_type_ids"] != 0)
     return {**batch, "blocks": batch["blocks"].masked_fill(visual, Block.PAD)}
@@ -104,12 +104,14 @@ def _with_images(row: Row, images: tuple[ItemImage, ...]) -> Row:
 def hold_out_rows(rows: RowTable, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Hold out rows of ``count`` different images (``draw_images``), and leave out all rows that would leak them.
 
-    Rows leak them that have an image of any row of these images; and rows without images that share a source or a text
-    with one, as captions of one image give away each other's masked words. Another image with the same caption stays.
+    A row leaks them if it has an image of a row with one of these images. A row without images leaks them if it shares
+    a source or a text with such a row, as captions of one image give away each other's masked words. Rows of another
+    image with the same caption stay.
 
-    Nothing is held out if fewer images would be left than are taken, nor for a count of one, which cannot be shuffled.
+    Nothing is held out if fewer images would be left than are held out, or if ``count`` is 1: one image cannot be
+    shuffled.
 
-    :returns: Places in ``rows`` of those held out, one for each image, and of those to train on, int64.
+    :returns: The indices in ``rows`` of the rows held out, one for each image, and of those to train on, int64.
     """
     everything, images = np.arange(len(rows)), rows.column("image_id")
     chosen = images[draw_images(rows, count, seed)]

@@ -36,20 +36,20 @@ from cocoa_embed.train.stages.stage import Stage
 from cocoa_embed.train.stages.vision_features import share_frozen_vision
 
 SAMPLED_TEXTS = 64
-"""Rows of a subset whose texts are compared."""
+"""How many rows of a subset have their texts compared."""
 
 
 class Bridge(Stage[BridgeSettings]):
     """``[block A] <EOS> [block B]`` under the bridge mask, with most of block B masked."""
 
     fewest_steps = 500
-    needs = "block B takes a text beside the instructions; caption their images"
+    needs = "block B needs a text besides the instructions; caption their images"
     has_samples = True
 
     def check_backbone(self, config: PreTrainedConfig) -> None:
-        """Check that embeddings are those of ``<EOS>``.
+        """Check that the embedding is the state of ``<EOS>``.
 
-        :raises UsageError: If they are not.
+        :raises UsageError: If it is not.
         """
         if self.run.pooling != "eos":
             raise UsageError(
@@ -59,7 +59,7 @@ class Bridge(Stage[BridgeSettings]):
 
     @property
     def shown_metrics(self) -> Mapping[str, str]:
-        """The metrics of held-out rows, or the accuracy on the batch if ``probe_rows`` asks for none."""
+        """The metrics of held-out rows, or the accuracy on the batch if ``probe_rows`` is 0."""
         if not self.settings.probe_rows:
             return {"loss": "loss", "masked_token_accuracy": "accuracy"}
         return {
@@ -79,18 +79,18 @@ class Bridge(Stage[BridgeSettings]):
         return hold_out_rows(rows, self.settings.probe_rows, self.run.seed)
 
     def row_warnings(self, rows: RowTable) -> list[str]:
-        """Return a sentence if too few images can be held out, no row is text alone, or block B is always the same."""
+        """Return a sentence each if too few images can be held out, no row is text only, or block B never changes."""
         warnings, count = self._same_texts(rows), self.settings.probe_rows
         if rows.column("image_id").all() and not rows.column("query_text").any():
             warnings.append(
-                f"No row of stage {self.name} is text alone, so <EOS> learns to carry images and no captions, which "
+                f"No row of stage {self.name} is text only, so <EOS> learns to carry images but not captions, which "
                 "halved the recall of photographs by captions (docs/findings.md); give images several captions, such "
                 f"as those of cocoa-embed caption --wordings 4, and set {self.name}.data.paraphrases=2."
             )
         if count == 1:
             warnings.append(
                 f"{self.name}.probe_rows is 1, and one image cannot be shuffled, so what <EOS> carries is not "
-                "measured; hold out 2 or more, or 0."
+                "measured; hold out 2 rows or more, or 0."
             )
         elif count and not len(self.held_out(rows)[0]):
             warnings.append(
@@ -100,7 +100,7 @@ class Bridge(Stage[BridgeSettings]):
         return warnings
 
     def _same_texts(self, rows: RowTable) -> list[str]:
-        """Return a sentence for each subset whose rows all have one text as block B, judged by a sample of them."""
+        """Return a sentence for each subset whose rows all have the same block B, judged by a sample of them."""
         subset, warnings = rows.column("subset"), []
         for number, name in enumerate(rows.subsets):
             own = np.flatnonzero(subset == number)
@@ -109,16 +109,16 @@ class Bridge(Stage[BridgeSettings]):
             if len(sample) > 1 and len(texts) == 1:
                 warnings.append(
                     f"Block B of stage {self.name} is {shortened(texts.pop())} in all rows of {name}, and so says "
-                    "nothing of an image; if it is an instruction, give it as one, or leave the subset out."
+                    "nothing about an image; if it is an instruction, give it as one, or leave the subset out."
                 )
         return warnings
 
     def collator(self, processor: ProcessorMixin) -> BridgeCollator:
-        """Return what makes the stage's batches."""
+        """Return the stage's collator."""
         return BridgeCollator(processor, self.run.seed, self.settings.mask_ratio, self.settings.split)
 
     def sequences(self, example: Example, processor: ProcessorMixin) -> list[Batch]:
-        """Return the row's one sequence."""
+        """Return the single sequence of the row."""
         return [self.collator(processor)([example])]
 
     def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> StageTrainer:
@@ -138,7 +138,7 @@ class Bridge(Stage[BridgeSettings]):
         )
         prepared = HostInputs(backbone.model.config).after(collator)
         trainer = stage_trainer(model, backbone.model, training_rows, prepared, settings, context, probe)
-        if settings.freeze_vision:  # in the dtype that it trains with
+        if settings.freeze_vision:  # only now: ``stage_trainer`` may change the dtype of frozen weights
             share_frozen_vision(backbone.model, self.run, remembers=False)
         return trainer
 

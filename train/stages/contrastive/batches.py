@@ -1,4 +1,4 @@
-"""Which rows meet in a batch of stage 3: their groups, what a step holds, and the order of batches."""
+"""Which rows share a batch of stage 3: their groups, what a step holds, and the order of batches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 
 FEW_ANSWERS = 8
-"""With fewer different positives, most of a batch is no negative of a row."""
+"""With fewer different positives, a row has few negatives in a batch."""
 
 
 @dataclass(frozen=True)
 class PairGroup:
-    """Rows that may meet in a batch: of one subset, with as many hard negatives each, seen from the same side.
+    """Rows that may share a batch: of one subset, with equally many hard negatives, seen from the same side.
 
-    :param rows: Their numbers, int32 ``[rows]``; the number of all rows is added to those seen from the other side.
+    :param rows: Their numbers, int32 ``[rows]``; for rows seen from the other side, plus the number of all rows.
     """
 
     subset: str
@@ -34,14 +34,14 @@ class PairGroup:
 
 @dataclass(frozen=True)
 class StepContent:
-    """What a step on rows of one subset holds.
+    """What a step on rows of one subset holds, in numbers.
 
-    :param hard_negatives: Of each row; a subset whose rows have different numbers of them has several entries.
+    :param hard_negatives: How many each row has; a subset whose rows have different numbers has several entries.
     :param rows: All rows of the subset.
     :param queries: Different queries among them.
     :param positives: Different positives among them.
     :param rows_a_step: Rows of a batch, over all devices.
-    :param batches: Of an epoch.
+    :param batches: Batches of an epoch.
     """
 
     subset: str
@@ -75,7 +75,7 @@ class StepContent:
 
 
 def pair_groups(rows: RowTable, settings: ContrastiveSettings) -> list[PairGroup]:
-    """Return the groups of rows; with ``directions: both`` each row is in a second one, seen from the other side."""
+    """Return the groups of rows; with ``directions: both`` each row is also in a second group, from its other side."""
     subset = rows.column("subset")
     negatives = np.zeros(len(rows), np.int64)
     if settings.hard_negatives:
@@ -111,16 +111,15 @@ def step_contents(rows: RowTable, settings: ContrastiveSettings, devices: int) -
 
 
 class PairBatches(BatchSampler):
-    """Draws batches for all devices together, epoch after epoch; devices take turns at their equal parts.
+    """Draws batches for all devices together, epoch after epoch; the devices' equal parts follow one another.
 
     An epoch shuffles each group, cuts it into batches, of which the last may be smaller, and takes the batches of all
-    groups in random order. A batch of a single pair, which has nothing to contrast, is left out, and so are rows that
-    do not make equal parts.
+    groups in random order. It leaves out a batch of a single pair, which has nothing to contrast, and rows that cannot
+    be divided equally among the devices.
 
     :param batch_size: Rows of a batch, over all devices.
     :param steps: The number of batches.
-    :param turns: Pairs that stand for the same one from epoch to epoch, each as many numbers after the one before as
-        ``span``.
+    :param turns: How many numbers each pair has, ``span`` apart; one epoch after the other uses the next.
     :raises ValueError: If an epoch has no batch.
     """
 
@@ -138,7 +137,7 @@ class PairBatches(BatchSampler):
         self.turns, self.span = turns, span
         if not any(group.batches(batch_size, devices) for group in groups):
             raise ValueError("no group has enough rows for a batch")
-        # So accelerate expects batches of different sizes, and uses each.
+        # With these values accelerate expects batches of different sizes, and uses each of them.
         self.batch_size = None  # type: ignore[assignment]
         self.drop_last = False
 

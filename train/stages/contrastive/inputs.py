@@ -1,4 +1,4 @@
-"""Items as inputs of a SentenceTransformer: images are uint8 until the model runs, and integers stay on the host."""
+"""Turn items into inputs of a SentenceTransformer: images are uint8 until the model runs; integers stay on the host."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,11 +24,11 @@ MODEL_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "image_grid_thw", 
 
 
 def preprocess_items(model: SentenceTransformer, items: Sequence[Item], **kwargs: Any) -> dict[str, Any]:
-    """Return items as inputs of a model, as its own ``preprocess`` makes them.
+    """Return items as the inputs that a model's own ``preprocess`` makes of them.
 
-    With images, the patches are uint8, for ``normalise_patches``, and there are ``image_digests``.
+    The patches of images are uint8, for ``normalise_patches``, and ``image_digests`` are added.
 
-    :param kwargs: ``prompt``, and others that make no difference here.
+    :param kwargs: ``prompt``; others are ignored.
     :raises CocoaError: If an image cannot be used, or the images of an item do not fit into a sequence.
     """
     module: Any = model[0]
@@ -48,14 +48,14 @@ def worst_column(model: SentenceTransformer, max_length: int, *, with_image: boo
         path = Path(folder) / "largest.png"
         Image.new("RGB", (side, side)).save(path)
         column = preprocess_items(model, [Item(images=(path,))])
-    del column["image_digests"]  # the vision encoder is to run
+    del column["image_digests"]  # the vision encoder has to run
     return column
 
 
 def keep_on_host(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch whose tensors of int64 stay on the CPU.
+    """Return a batch whose int64 tensors stay on the CPU.
 
-    There a cached loss reads them to cut the batch, and ``prepare_forward`` to complete its parts.
+    A cached loss reads them there to cut the batch, and ``prepare_forward`` reads them to complete its parts.
     """
     return {
         name: on_host(value) if isinstance(value, Tensor) and value.dtype == torch.int64 else value
@@ -68,7 +68,7 @@ def normalise_patches(
 ) -> tuple[dict[str, Any]]:
     """Turn uint8 patches into pixel values on their device, as a forward pre-hook of a model's first module.
 
-    :param processor: That made them.
+    :param processor: The processor that made them.
     """
     patches = args[0].get("pixel_values")
     if patches is None or patches.dtype != torch.uint8:
@@ -81,9 +81,9 @@ def prepare_forward(
 ) -> tuple[tuple[dict[str, Any]], dict[str, Any]]:
     """Give a model all that it would otherwise read back from its device, as a forward pre-hook of its first module.
 
-    It takes any features; those of ``keep_on_host`` without waiting. The model gets the mask that it would make itself:
-    none for a batch without padding. One with ``blocks`` runs under the bridge mask, where ``<EOS>`` does not attend to
-    block B.
+    It takes any features, and does not wait for those of ``keep_on_host``. The model gets the mask that it would make
+    itself: none for a batch without padding. A batch with ``blocks`` runs under the bridge mask, where ``<EOS>`` does
+    not attend to block B.
     """
     model: Any = module.auto_model
     is_padded = not args[0]["attention_mask"].cpu().all()

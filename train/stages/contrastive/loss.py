@@ -1,4 +1,4 @@
-"""The losses of sentence-transformers, where another right answer is no negative."""
+"""The losses of sentence-transformers, without other right answers among the negatives."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -24,11 +24,11 @@ from cocoa_embed.train.stages.vision_features import FrozenVision
 class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
     """InfoNCE with cached gradients over mini-batches of tokens.
 
-    On one device a batch that is within the limits as a whole is run once, and keeps its graph instead.
+    On one device, a batch that is within the limits as a whole is run once, and keeps its graph instead.
 
-    :param limits: The most tokens of a mini-batch; they may change between two steps.
+    :param limits: The maximum tokens of a mini-batch; they may change between two steps.
     :param vision: The vision encoder, if it is frozen: both passes of a step share its features.
-    :param term: Another loss, added to that of a batch, of the model and a column with ``blocks`` (``reconstruct``).
+    :param term: Another loss to add (``reconstruct``); it takes the model, a column with ``blocks`` and the limits.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
         """Return the loss of a batch.
 
-        :param labels: The contents of the rows' items, as ``other_answers`` takes them.
+        :param labels: The content numbers of the rows' items, as in ``other_answers``.
         """
         columns = list(sentence_features)
         if self._vision is not None:
@@ -76,7 +76,7 @@ class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
     def embed_minibatch(  # type: ignore[override]
         self, sentence_feature: dict[str, Any], *, with_grad: bool, copy_random_state: bool, **replayed: Any
     ) -> tuple[Tensor, RandContext | None]:
-        """Embed a mini-batch, which is a column to ``forward_cached`` and needs no more cutting."""
+        """Embed a mini-batch; ``forward_cached`` takes it for a whole column, so it needs no more cutting."""
         with replayed.get("random_state") or nullcontext(), torch.set_grad_enabled(with_grad):
             # The inputs stay on the CPU until the model runs; its weights name the device whose draws are replayed.
             state = RandContext(next(self.model.parameters())) if copy_random_state else None
@@ -98,12 +98,12 @@ class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
 
 
 def mask_other_answers(loss: CachedRankingLoss, content: Tensor) -> None:
-    """Let the loss of the next batch ignore candidates that are other right answers.
+    """Make the loss of the next batch ignore candidates that are other right answers.
 
     A loss compares ``mini_batch_size`` rows of this device at a time with the candidates of all devices: queries with
     documents and, if it is symmetric, all queries with the rows' documents.
 
-    :param content: Of this device's rows, int64 ``[B, items]``.
+    :param content: The content numbers of this device's rows (``other_answers``), int64 ``[B, items]``.
     """
     size, first = len(content), 0
     if loss.gather_across_devices:
@@ -117,7 +117,7 @@ def mask_other_answers(loss: CachedRankingLoss, content: Tensor) -> None:
                 yield masked[:, : len(content)].T
 
     remaining = masks()
-    own: Any = loss  # to which the cached loss passes this attribute on
+    own: Any = loss  # which assigns this attribute to the loss that it wraps, but declares it read-only
     own.similarity_fct = lambda these, those: mean_max_sim(these, those, loss.width).masked_fill(
         next(remaining), -torch.inf
     )
@@ -126,24 +126,24 @@ def mask_other_answers(loss: CachedRankingLoss, content: Tensor) -> None:
 def mean_max_sim(queries: Tensor, documents: Tensor, width: int) -> Tensor:
     """Return the mean over a query's vectors of the cosine to the document's nearest vector: ``[queries, documents]``.
 
-    :param queries: ``[queries, n * width]``, of ``n`` vectors each; at most ``width`` values are one vector.
+    :param queries: ``[queries, n * width]``, with ``n`` vectors each; ``width`` values or fewer are one vector.
     :param documents: ``[documents, n * width]``.
     """
     if queries.shape[1] <= width:
         return cos_sim(queries, documents)
     of_queries, of_documents = (normalize(each.unflatten(1, (-1, width)), dim=2) for each in (queries, documents))
-    # A vector at a time, and its maximum by index: the cosines of all would be n times as many, and kept.
+    # One query vector at a time, of which only the maximum is kept: the cosines of all would be n times as many.
     nearest = [torch.einsum("qw,dnw->qdn", each, of_documents).max(dim=2).values for each in of_queries.unbind(dim=1)]
     return torch.stack(nearest).mean(dim=0)
 
 
 def other_answers(content: Tensor, rows: slice) -> Tensor:
-    """Return which candidates of ``rows`` are right answers besides their own, bool ``[rows, B * (items - 1)]``.
+    """Return which candidates of ``rows`` are right answers other than their own, bool ``[rows, B * (items - 1)]``.
 
     These are candidates that equal the row's positive, and the positives of equal queries.
 
-    :param content: Of each row of the batch the numbers of its query, positive and negatives, int64 ``[B, items]``;
-        equal items have equal numbers.
+    :param content: For each row of the batch, the content numbers of its query, positive and negatives, int64
+        ``[B, items]``; equal items have equal numbers.
     """
     queries, positives, *negatives = content.T
     query, positive = queries[rows, None], positives[rows, None]
@@ -169,8 +169,9 @@ def contrastive_loss(
 
     A query's candidates are all positives and all hard negatives of the batch, without ``other_answers``. The
     ``symmetric`` loss is the mean of that and of matching each positive to its query among the batch's queries; hard
-    negatives are matched to nothing. With ``matryoshka_dims`` it is the sum over the whole length and these, cut and
-    normalised again; with several ``eos_tokens`` over the first 1, 2, 4, ... and all vectors, too.
+    negatives are matched to nothing. With ``matryoshka_dims``, the loss is the sum over embeddings of the whole length
+    and of these lengths, cut and normalised again; with several ``eos_tokens``, also over the first 1, 2, 4, ... and
+    all vectors.
     """
     symmetric = settings.directions == "symmetric"
     loss = CachedRankingLoss(
@@ -184,7 +185,7 @@ def contrastive_loss(
         partition_mode="per_direction" if symmetric else "joint",
     )
     widths: set[Any] = {*(count * loss.width for count in prefixes(eos_tokens)), *(settings.matryoshka_dims or [])}
-    if len(widths) > 1:  # as MatryoshkaLoss, which refuses more values than the model's embedding has
+    if len(widths) > 1:  # as in MatryoshkaLoss, which itself refuses more values than the model's embedding has
         own: Any = loss
         own.calculate_loss = CachedLossDecorator(loss.calculate_loss, sorted(widths, reverse=True), [1] * len(widths))
     return loss

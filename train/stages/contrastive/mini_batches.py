@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 CPU_TOKENS = 8192
-"""Tokens of a mini-batch where nothing is tried: on a CPU, and in plans."""
+"""The tokens of a mini-batch where ``auto`` tries nothing: on a CPU, and in plans."""
 
 MOST_ITEMS = 1024
-"""The most items of a mini-batch, and rows of the score matrix that are compared at once."""
+"""The most items of a mini-batch, and the most rows of the score matrix that are computed at once."""
 
 ITEM_KEYS = frozenset(
     {
@@ -24,26 +24,26 @@ ITEM_KEYS = frozenset(
         "masked_ids",
     }
 )
-"""Tensors with a place for each item."""
+"""Tensors with an entry for each item."""
 
 IMAGE_KEYS = frozenset({"image_grid_thw", "image_digests"})
-"""Tensors with a place for each image; ``pixel_values`` have one for each patch, and others are left out."""
+"""Tensors with an entry for each image; ``pixel_values`` have one for each patch, and other tensors are left out."""
 
 
 @dataclass
 class TokenLimits:
-    """The most tokens of a mini-batch, padding included: of texts, and of items with images."""
+    """The maximum tokens of a mini-batch, padding included, for texts and for items with images."""
 
     texts: int
     images: int
 
 
 def mini_batches(column: dict[str, Any], limits: TokenLimits) -> list[list[int]]:
-    """Cut the items of a column into mini-batches, each with images in all of its items or in none.
+    """Cut the items of a column into mini-batches in which all items have images, or none has.
 
     Items are sorted by length, so that there is little padding. An item that is longer than the limit runs alone.
 
-    :param column: Of ``preprocess_items``.
+    :param column: From ``preprocess_items``.
     :returns: The numbers of the items of each mini-batch.
     """
     lengths, images = _counts(column)
@@ -61,14 +61,14 @@ def mini_batches(column: dict[str, Any], limits: TokenLimits) -> list[list[int]]
 
 
 def take(column: dict[str, Any], items: list[int]) -> dict[str, Any]:
-    """Return some items of a right-padded column, an item maybe several times, padded to the longest of them."""
+    """Return some items of a right-padded column, padded to the longest of them; an item may occur several times."""
     (lengths, counts), taken = _counts(column), dict[str, Any]()
     firsts, width = list(accumulate(counts, initial=0)), max(lengths[item] for item in items)
     images = list(chain.from_iterable(range(firsts[item], firsts[item + 1]) for item in items))
     for key, value in column.items():
         if not isinstance(value, Tensor):
             taken[key] = value
-        elif key in ITEM_KEYS:  # position_ids begin with an axis of their kinds
+        elif key in ITEM_KEYS:  # position_ids begin with an axis of position types
             taken[key] = value[items] if value.ndim == 1 else value[..., items, :width]
         elif images and key == "pixel_values":
             parts = value.split(column["image_grid_thw"].prod(dim=1).tolist())

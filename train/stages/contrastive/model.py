@@ -1,4 +1,4 @@
-"""The model of stage 3: a SentenceTransformer around a backbone that is loaded already, and its probe."""
+"""The model of stage 3: a SentenceTransformer around a loaded backbone, and its probe."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -23,7 +23,7 @@ from cocoa_embed.train.stages.probe import geometry_probe
 def as_sentence_transformer(backbone: Backbone, run: RunSettings) -> SentenceTransformer:
     """Return the embedding model over a backbone, whose weights it shares, with the run's prompts and pooling.
 
-    With several ``eos_tokens``, it embeds as ``EosVectors``; a saved model has no hooks, and embeds as the first one.
+    With several ``eos_tokens``, it embeds as ``EosVectors`` does; a saved model has no hooks, and gives vector 1.
     """
     model: Any = backbone.model.base_model
 
@@ -58,7 +58,7 @@ def _pool(vectors: EosVectors, module: nn.Module, args: Any, features: dict[str,
 def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size: int) -> Measure:
     """Return a probe of the geometry of a SentenceTransformer's embeddings, with its own prompts.
 
-    Of several vectors, it measures the first.
+    If a model has several vectors, the probe measures the first.
 
     :param rows: Two rows or more.
     :param batch_size: Items to run at once.
@@ -67,7 +67,7 @@ def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size:
 
     def collate(items: Sequence[Item], is_document: bool) -> dict[str, Any]:
         prompt = model.prompts.get("document" if is_document else "query") or None
-        module: Any = model[0]  # of a checkpoint that is measured, without the hook
+        module: Any = model[0]  # may be that of a loaded checkpoint, which lacks the hook
         return normalise_patches(module.processor, module, (preprocess_items(model, items, prompt=prompt),))[0]
 
     def embed(model: nn.Module, batch: dict[str, Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The batches of stage 3 as sentence-transformers takes them, read from the rows in the data loader's workers."""
+"""Collate the batches of stage 3 for sentence-transformers, from rows that the data loader's workers read."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -25,17 +25,17 @@ from cocoa_embed.train.stages.contrastive.reconstruction_term import masked_colu
 class PairCollator(SentenceTransformerDataCollator):
     """The collator of sentence-transformers, with ``BatchFacts`` in each batch.
 
-    It takes numbers of pairs: the row + side x rows + turn x 2 x rows, where the side is 1 for a row seen from its
-    positive, and each turn masks the row anew. The pair's draw has side + 2 x turn as its epoch. Columns are
-    ``anchor``, ``positive``, ``negative_1``..., and ``label`` identifies the content of each row's items (its full text
-    and the patches of its images), int64 ``[B, items]``.
+    It takes numbers of pairs. A number is ``row + side * rows + turn * 2 * rows``: side is 1 for a row seen from its
+    positive, and each turn masks the row differently. The epoch of the pair's draw is ``side + 2 * turn``. Columns are
+    ``anchor``, ``positive``, ``negative_1``..., and ``label`` identifies the content of each item of a row (its full
+    text and the patches of its images), int64 ``[B, items]``.
 
     :param hard_negatives: The most of a row's negatives to use.
-    :param flops_of: Returns the operations of training on a batch.
-    :param lengths_of: Returns the number of tokens of each row. A batch is sorted by them, so that what runs at once is
-        of similar length; the order does not matter to in-batch losses.
+    :param flops_of: Returns the FLOPs of training on a batch.
+    :param lengths_of: Returns the number of tokens of each row. A batch is sorted by them, so that rows that run at
+        once have similar lengths; the order does not matter to in-batch losses.
     :param on_bad_row: What happens at a row whose image proves broken.
-    :param masking: The collator of masked rows, where their reconstruction is a term of the loss.
+    :param masking: The collator of masked rows, if their reconstruction is a term of the loss.
     """
 
     rows: RowTable
@@ -59,7 +59,7 @@ class PairCollator(SentenceTransformerDataCollator):
         return Draw(place, epoch), row.reversed() if epoch % 2 else row
 
     def _after(self, pair: Example) -> Example:
-        """Return the next pair that may be in the same batch: of the same side and subset, with as many negatives.
+        """Return the next pair that may share the batch: of the same side and subset, with equally many negatives.
 
         :raises CocoaError: If there is none.
         """

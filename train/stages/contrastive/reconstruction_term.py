@@ -19,10 +19,10 @@ from cocoa_embed.train.stages.losses import masked_token_loss, predicting_states
 from cocoa_embed.train.stages.rendering import row_images
 
 COLUMN = "reconstruction"
-"""The batch's column of masked sequences; sentence-transformers takes it for one more column of items."""
+"""The batch's column of masked sequences; to sentence-transformers it is one more column of items."""
 
 MASKINGS = 16
-"""Different maskings of a row, which take turns from epoch to epoch."""
+"""The number of different maskings of a row, which take turns from epoch to epoch."""
 
 
 def has_text(row: Row) -> bool:
@@ -31,10 +31,10 @@ def has_text(row: Row) -> bool:
 
 
 def masked_column(collator: BridgeCollator, examples: Sequence[Example]) -> Batch:
-    """Return the bridge's sequences of rows with a content text, as a column; nothing if there are none.
+    """Return the bridge's sequences of the rows with a content text, as a column; an empty one if there are none.
 
-    Besides the keys of ``BridgeCollator``, it has ``num_images_per_sample`` and ``masked_ids`` (int64 ``[B, L]``): the
-    ids of masked tokens, and -1 elsewhere.
+    In addition to the keys of ``BridgeCollator``, it has ``num_images_per_sample`` and ``masked_ids`` (int64
+    ``[B, L]``): the ids of masked tokens, and -1 elsewhere.
     """
     usable = [(draw, row) for draw, row in examples if has_text(row)]
     if not usable:
@@ -47,7 +47,7 @@ def masked_column(collator: BridgeCollator, examples: Sequence[Example]) -> Batc
 
 
 def prepare_head(model: PreTrainedModel) -> nn.Module:
-    """Return the model's language-model head, which is trained where it is tied to the embeddings, and else frozen."""
+    """Return the model's language-model head, and freeze it, unless its weights are those of the embeddings."""
     head: Any = model.get_output_embeddings()
     if head.weight is not model.get_input_embeddings().weight:
         head.requires_grad_(False)
@@ -57,14 +57,14 @@ def prepare_head(model: PreTrainedModel) -> nn.Module:
 def reconstruct(
     head: nn.Module, weight: float, model: nn.Module, column: dict[str, Any] | None, limits: TokenLimits
 ) -> Tensor:
-    """Return the weighted loss on the masked tokens of a column; with gradients on, theirs are added to the weights'.
+    """Return the weighted loss on the masked tokens of a column; if gradients are on, also run the backward passes.
 
-    That is at once, mini-batch by mini-batch, so that none of their graphs waits for the next. They are averaged over
-    devices with those of the contrastive loss, which follow.
+    Each mini-batch runs backward right after its forward pass, so that only one graph is kept at a time. The gradients
+    are averaged over devices together with those of the contrastive loss, which follow.
 
     :param head: The language-model head, ``[..., D]`` to ``[..., V]``.
     :param model: The SentenceTransformer, wrapped for several devices or not.
-    :param column: Of ``masked_column``, without the prefix; None if no row of this device has a text.
+    :param column: From ``masked_column``, without the prefix; None if no row of this device has a text.
     """
     device = next(model.parameters()).device
     parts = [] if column is None else [take(column, items) for items in mini_batches(column, limits)]

@@ -6,25 +6,25 @@ from cocoa_embed.train.settings import Auto, Count, Positive, Rate, StageSetting
 
 
 class ContrastiveSettings(StageSettings):
-    """Stage 3: the contrastive loss, and how the stage is measured.
+    """Stage 3: the contrastive loss, and what is measured during the stage.
 
-    A candidate that equals a query's positive, or is the positive of an equal query, is no negative of it.
+    A candidate that equals a query's positive, or is the positive of an equal query, is not a negative of that query.
 
     Gradients are cached, so that the batch may be larger than memory allows.
 
-    :param mini_batch_tokens: The most tokens that a device runs at once, visual tokens and padding included; a longer
-        item runs alone. ``auto``: as many as fit into the device's memory, one number for texts and one for images;
-        on a CPU 8192. It does not change what is learned.
+    :param mini_batch_tokens: The maximum tokens that a device runs at once, visual tokens and padding included; a
+        longer item runs alone. ``auto``: as many as fit into the device's memory, one number for texts and one for
+        images; 8192 on a CPU. It does not change what is learned.
     :param directions: ``forward``: queries are matched to their positives. ``both``: each pair is trained from either
-        side, in batches of their own. ``symmetric``: one loss matches queries to positives and positives to queries.
-    :param hard_negatives: The most of a row's own negatives to use. They are candidates of every query of the batch.
-    :param matryoshka_dims: Lengths at which the first values of an embedding are embeddings themselves, in addition to
-        the whole length.
-    :param reconstruction_weight: Add the bridge's loss on the batch's rows, times this weight: from an ``<EOS>`` that
-        does not attend to block B, as that of an embedding, and with 70 % of block B masked. 0 leaves it out.
-    :param probe_rows: Pairs to measure the embeddings' geometry on, every ``probe_steps`` steps: the first with an
-        image, one per image. They are trained on, so the metrics show the progress and are no scores. 0 turns it off,
-        and so do fewer than two images.
+        side, in separate batches. ``symmetric``: one loss matches queries to positives and positives to queries.
+    :param hard_negatives: At most how many of a row's negatives to use. They are candidates of every query of the
+        batch.
+    :param matryoshka_dims: Lengths, in addition to the whole one, to which an embedding can be cut.
+    :param reconstruction_weight: Add the bridge's loss on the batch's rows, times this weight. ``<EOS>`` does not
+        attend to block B there, as in an embedding, and 70 % of block B is masked. 0 leaves the loss out.
+    :param probe_rows: Pairs to measure the embeddings' geometry on, every ``probe_steps`` steps: at most one per
+        image, from all subsets. They are trained on, so the metrics show progress and are not scores. 0 turns the probe
+        off, and so do fewer than two images.
     """
 
     mini_batch_tokens: Positive | Auto = "auto"

@@ -42,15 +42,15 @@ from cocoa_embed.train.stages.stage import Stage
 from cocoa_embed.train.stages.vision_features import share_frozen_vision
 
 TRIED_TOKENS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)
-"""More at once are no faster."""
+"""The sizes to try; more tokens at once are no faster."""
 
 PROBED_TOKENS = 64
-"""Tokens of a mini-batch for each item that the probe runs at once: without gradients, items take little memory."""
+"""The tokens per item with which the probe fills a mini-batch: without gradients, items take little memory."""
 
 DIRECTIONS = {
     "forward": "",
     "both": " Each pair is trained in both directions, as two rows.",
-    "symmetric": " Each positive looks for its query too, in the same loss.",
+    "symmetric": " Each positive is matched to its query too, in the same loss.",
 }
 
 
@@ -63,9 +63,9 @@ class Contrastive(Stage[ContrastiveSettings]):
     enough_at_once = 1024  # tokens
 
     def check_backbone(self, config: PreTrainedConfig) -> None:
-        """Check ``matryoshka_dims`` against the width of the embeddings, and what is reconstructed against the pooling.
+        """Check ``matryoshka_dims`` against the embeddings' width, and ``reconstruction_weight`` against ``pooling``.
 
-        :raises UsageError: If they are wider, or if the embedding is not what reconstruction teaches.
+        :raises UsageError: If a length is larger than the width, or reconstruction is on without pooling eos.
         """
         if self.settings.reconstruction_weight and self.run.pooling != "eos":
             raise UsageError(
@@ -80,9 +80,9 @@ class Contrastive(Stage[ContrastiveSettings]):
             )
 
     def check_rows(self, rows: RowTable) -> None:
-        """Check that every subset gives batches, and all of them something to contrast.
+        """Check that every subset makes batches, and that each batch has something to contrast.
 
-        :raises UsageError: If one does not.
+        :raises UsageError: If a subset does not.
         """
         devices = PartialState().num_processes
         contents = step_contents(rows, self.settings, devices)
@@ -95,7 +95,7 @@ class Contrastive(Stage[ContrastiveSettings]):
                 )
 
     def joined_rows(self, rows: RowTable) -> np.ndarray:
-        """Return the rows that are reconstructed, too, bool ``[rows]``; items are sequences of their own."""
+        """Return the rows that are also reconstructed, bool ``[rows]``; otherwise each item is its own sequence."""
         found: np.ndarray = rows.column("query_text") + rows.column("positive_text") > 0
         return found & (self.settings.reconstruction_weight > 0)
 
@@ -104,13 +104,13 @@ class Contrastive(Stage[ContrastiveSettings]):
         return [asdict(content) for content in step_contents(rows, self.settings, PartialState().num_processes)]
 
     def mean_batch_size(self, rows: RowTable) -> float:
-        """Return how many rows of an epoch there are to each of its batches, the last of which may be smaller."""
+        """Return the mean number of rows of an epoch's batches, the last of which may be smaller."""
         size, devices = self.settings.batch_size, PartialState().num_processes
         batches = sum(group.batches(size, devices) for group in pair_groups(rows, self.settings))
         return len(rows) * self.passes_per_epoch / batches
 
     def row_warnings(self, rows: RowTable) -> list[str]:
-        """Return a sentence for each subset whose batches are small or have few negatives, or that has rows in none."""
+        """Return a sentence for each subset with small batches, few negatives, or rows that are in no batch."""
         devices = PartialState().num_processes
         remedy = f"give it more different pairs, lower {self.name}.batch_size, or leave it out of the stage"
         warnings = []
@@ -128,22 +128,22 @@ class Contrastive(Stage[ContrastiveSettings]):
 
     @property
     def passes_per_epoch(self) -> int:
-        """Once per direction that is a row of its own."""
+        """Once per direction that counts as a separate row."""
         return 2 if self.settings.directions == "both" else 1
 
     @property
     def tokens_at_once(self) -> int:
-        """The tokens of a mini-batch, where memory does not decide."""
+        """The tokens of a mini-batch where memory does not decide."""
         tokens = self.settings.mini_batch_tokens
         return CPU_TOKENS if tokens == "auto" else tokens
 
     def sizes_at_once(self, devices: int) -> Sequence[int]:
-        """Return how many tokens may make a mini-batch."""
+        """Return the sizes of a mini-batch, in tokens, that memory may choose from."""
         tokens = self.settings.mini_batch_tokens
         return TRIED_TOKENS if tokens == "auto" else (tokens,)
 
     def sequences_at_once(self, devices: int, longest: int = 1, size: int | None = None) -> int:
-        """Return how many of the longest items make a mini-batch."""
+        """Return how many items of the longest length make a mini-batch."""
         return max(1, min((size or self.tokens_at_once) // longest, self.settings.batch_size // devices))
 
     def kind_at_once(self, *, with_image: bool) -> str:
@@ -166,13 +166,13 @@ class Contrastive(Stage[ContrastiveSettings]):
         return self.settings.reconstruction_weight > 0 and has_text(row)
 
     def alike(self, row: Row) -> list[Row]:
-        """Return for each item of the row a pair of it with itself."""
+        """Return for each item of the row a pair of this item with itself."""
         items = (row.query, row.positive, *row.negatives[: self.settings.hard_negatives])
         alike = [replace(row, query=item, positive=item, negatives=()) for item in items]
         return alike + [row] * self._reconstructs(row)
 
     def attention(self) -> str:
-        """Return the attention implementation; sentence-transformers makes the masks, which have no tiles."""
+        """Return the attention implementation; sentence-transformers makes the masks, which are not block masks."""
         asked = self.run.attn_implementation
         return "sdpa" if asked == FLEX and self.run.bidirectional else super().attention()
 
@@ -182,7 +182,7 @@ class Contrastive(Stage[ContrastiveSettings]):
         return arguments | {
             "accelerator_config": {**arguments["accelerator_config"], "split_batches": False},
             "per_device_train_batch_size": self.settings.batch_size // PartialState().num_processes,
-            # Texts and images are embedded in passes of their own.
+            # Texts and images are embedded in separate passes.
             "ddp_find_unused_parameters": not self.settings.freeze_vision,
             "dataloader_prefetch_factor": 1 if arguments["dataloader_num_workers"] else None,  # a batch is large
         }
@@ -259,7 +259,7 @@ class Contrastive(Stage[ContrastiveSettings]):
         return [trial("texts", with_image=False), trial("images", with_image=True)]
 
     def run_whole(self, trainer: CocoaTrainer, tokens: int) -> None:
-        """Let a mini-batch be a column, and two of them be too many to be run once."""
+        """Set the limits so that a mini-batch is a whole column, and two columns are too many for a single pass."""
         limits = cast(ContrastiveTrainer, trainer).limits
         limits.texts = limits.images = tokens
 

@@ -1,4 +1,4 @@
-"""Rows to batches of a joint reconstruction: text tokens and visual tokens masked, with their targets."""
+"""Collate rows into batches of a joint reconstruction: masked text tokens and visual tokens, with their targets."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from cocoa_embed.train.stages.rendering import joined, render_items, replace_mas
 
 @dataclass(frozen=True)
 class JointCollator(ABC):
-    """Put images and texts of a row into one sequence and mask parts of both.
+    """Put the images and texts of a row into one sequence and mask parts of both.
 
     Adds to ``render_items``: ``masked_tokens`` (bool ``[B, L]``), ``target_ids`` (int64 ``[masked tokens]``),
     ``masked_patches`` (bool ``[patches]``) and ``target_patches`` (float ``[masked patches, patch_width]``).
@@ -35,16 +35,16 @@ class JointCollator(ABC):
 
     @abstractmethod
     def mask_images(self, exists: Tensor, generators: Sequence[Generator]) -> Tensor:
-        """Return which visual tokens are masked of those that ``exists``, bool ``[images, most tokens]``.
+        """Return which of the visual tokens that ``exists`` marks are masked, bool ``[images, most tokens]``.
 
-        :param generators: Of the images' rows, one for each image.
+        :param generators: One for each image: that of its row.
         """
 
     @abstractmethod
     def fill(
         self, pixel_values: Tensor, masked: Tensor, patches_per_image: Sequence[int], generators: Sequence[Generator]
     ) -> Tensor:
-        """Return a copy of ``pixel_values`` with other values in ``masked`` patches (bool ``[patches]``)."""
+        """Return a copy of ``pixel_values`` with new values in the ``masked`` patches (bool ``[patches]``)."""
 
     def __call__(self, examples: list[Example]) -> Batch:
         """Collate rows with their draws."""

@@ -52,8 +52,8 @@ class PixelDecoder(nn.Module):
         """Predict the raw patches behind every visual token.
 
         :param hidden_states: Last hidden states of the language model, ``[B, L, D]``.
-        :param visual: Where the visual tokens are in ``[B * L]``, int64 ``[visual tokens]``.
-        :param attention_mask: In the form of the model's attention implementation, ``[B, 1, L, L]``.
+        :param visual: The indices of the visual tokens in ``[B * L]``, int64 ``[visual tokens]``.
+        :param attention_mask: The mask in the form of the model's attention implementation, ``[B, 1, L, L]``.
         :param position_ids: ``[3, B, L]``.
         :returns: ``[visual tokens * patches_per_token, patch_width]``, in the order of ``pixel_values``.
         """

@@ -39,11 +39,11 @@ class Joint(Stage[Own]):
         return {"loss": "loss", text_loss: "text", "mae_loss": "pixels", "masked_token_accuracy": "accuracy"}
 
     def collator(self, processor: ProcessorMixin) -> JointCollator:
-        """Return what makes the stage's batches."""
+        """Return the stage's collator."""
         return self.collator_class(processor, self.run.seed, self.settings)
 
     def sequences(self, example: Example, processor: ProcessorMixin) -> list[Batch]:
-        """Return the row's one sequence."""
+        """Return the single sequence of the row."""
         return [self.collator(processor)([example])]
 
     def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> StageTrainer:
@@ -55,7 +55,7 @@ class Joint(Stage[Own]):
     def samples(
         self, model: JointModel, processor: ProcessorMixin, batch: Batch, rows: Sequence[Row]
     ) -> dict[str, Any]:
-        """Fill in the masked patches and tokens of a batch.
+        """Predict the masked patches and tokens of a batch.
 
         :returns: ``tokens`` (``token_samples``), and ``patches``: for each image its row's text as ``caption``, and the
             images ``original``, ``masked`` and ``reconstructed``.

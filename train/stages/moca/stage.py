@@ -20,7 +20,7 @@ from cocoa_embed.train.stages.rendering import ordinary_tokens
 
 @dataclass(frozen=True)
 class MocaCollator(JointCollator):
-    """Mask each text token and each visual token by itself, so that a row may have none masked, or all."""
+    """Mask each text token and each visual token independently, so that a row may have none masked, or all."""
 
     settings: MocaSettings
 
@@ -54,7 +54,7 @@ class MocaModel(JointModel):
 
 
 class Moca(Joint[MocaSettings]):
-    """Text tokens and visual tokens of ``[images][texts]<EOS>`` are masked and reconstructed at their positions."""
+    """Text tokens and visual tokens of ``[images][texts]<EOS>`` are masked and reconstructed at their own positions."""
 
     collator_class = MocaCollator
     model_class = MocaModel

@@ -1,1 +1,1 @@
-"""Stage 1, warm-up: bidirectional attention by joint reconstruction of text and pixels."""
+"""Stage 1, warm-up: the model learns bidirectional attention by reconstructing text and pixels jointly."""

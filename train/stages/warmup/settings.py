@@ -9,7 +9,7 @@ PatchFill: TypeAlias = Literal["noise", "zero", "mean"]
 
 
 class WarmupSettings(JointSettings):
-    """Stage 1: masked next-token prediction, and half of each image masked.
+    """Stage 1: masked next-token prediction, and masked patches of images.
 
     :param instruction_mask_ratio: The probability that a token of an instruction is masked; ``text_mask_ratio`` is that
         of a token of the content.

@@ -30,13 +30,13 @@ class WarmupCollator(JointCollator):
         return mask_each(text_tokens(batch, self.processor), ratio, generators)
 
     def mask_images(self, exists: Tensor, generators: Sequence[Generator]) -> Tensor:
-        """Mask a ratio of each image."""
+        """Mask a ratio of each image's visual tokens."""
         return mask_ratio(exists, self.settings.image_mask_ratio, generators)
 
     def fill(
         self, pixel_values: Tensor, masked: Tensor, patches_per_image: Sequence[int], generators: Sequence[Generator]
     ) -> Tensor:
-        """Fill as ``patch_fill`` says."""
+        """Fill masked patches as ``patch_fill`` says."""
         return fill_patches(pixel_values, masked, self.settings.patch_fill, patches_per_image, generators)
 
 

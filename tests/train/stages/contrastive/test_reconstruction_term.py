@@ -85,7 +85,7 @@ def test_rows_without_a_text_have_no_part_in_it(tiny_backbone: Backbone, scene_r
     assert loss_of(trainer, rows=3)[0] > 0
 
 
-def test_a_row_is_masked_anew_in_each_epoch(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
+def test_a_row_is_masked_differently_in_each_epoch(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
     rows = RowTable.of(scene_rows[:BATCH])
     groups = pair_groups(rows, ContrastiveSettings(steps=1, batch_size=BATCH, directions="symmetric"))
     epochs = list(islice(PairBatches(groups, BATCH, 4, 0, 1, turns=3, span=2 * BATCH), 4))

@@ -1,4 +1,4 @@
-"""CocoaEmbedding where LlamaIndex's integrations have it."""
+"""CocoaEmbedding under the import path of LlamaIndex's integrations."""
 
 from cocoa_embed.integrations.llama_index import CocoaEmbedding
 
