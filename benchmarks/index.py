@@ -4,7 +4,8 @@
     python benchmarks/index.py               # the demo's images and model, after make demo
 
 Embedding alone runs the same files through the same model and stores nothing. The second run over an index finds all
-files unchanged. Every round measures each of the three once, with new stores; rates are medians over the rounds.
+files unchanged. Every round measures embedding alone once and, in each backend, both runs into a new store; rates are
+medians over the rounds.
 """
 
 import argparse

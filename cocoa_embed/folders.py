@@ -62,7 +62,7 @@ def refuse_checkpoint(out: Path) -> None:
 def claim_folder(folder: Path, *, marker: str) -> None:
     """Create ``folder``, empty but for its ``marker`` file; the output of an earlier run is removed.
 
-    The marker is removed last, so that the remains of a killed run are still recognized.
+    The marker is removed last, so that the remains of a killed run are still recognised.
 
     :raises CocoaError: If it is a file, a folder that holds something else, or cannot be written.
     """

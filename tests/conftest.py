@@ -91,7 +91,7 @@ def load_tiny(tiny_backbone_path: Path) -> LoadTiny:
 
 @pytest.fixture
 def tiny_backbone(tiny_backbone_path: Path) -> Backbone:
-    """The tiny backbone, loaded anew and bidirectional: a test may change it."""
+    """The tiny backbone, loaded again and bidirectional: a test may change it."""
     return load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH)
 
 

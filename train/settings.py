@@ -32,7 +32,7 @@ OnBadRow: TypeAlias = Literal["stop", "skip"]
 APath = TypeVar("APath", Path, str, None)
 
 MOST_AUTO_ROWS = 16
-"""The most rows of a micro-batch where ``auto`` tries nothing: on a CPU, with sharded weights, and in plans."""
+"""The most rows of a mini-batch where ``auto`` tries nothing: on a CPU, with sharded weights, and in plans."""
 
 SOURCE_KINDS = ("folder", "file", "webdataset", "mmeb", "hub")
 """The keys of ``SourceSettings`` of which a source gives exactly one."""
@@ -89,7 +89,7 @@ class SourceSettings(Settings):
     :param limit: Use only this many entries (images of a folder, otherwise rows), drawn by the recipe's seed; by
         default all.
     :param limit_order: ``first`` takes the first entries instead.
-    :param weight: How often each row is repeated. The recipe's seed draws the rows that a fraction adds.
+    :param weight: How often each row is drawn. The recipe's seed draws the rows that a fraction adds.
     """
 
     folder: Path | None = None
@@ -193,11 +193,11 @@ class StageSettings(Settings):
     snapshot_steps: tuple[Positive, ...] = ()
 
     def sizes_at_once(self, rows: int) -> list[int]:
-        """Return the possible sizes of a micro-batch, largest first, if a device has ``rows`` rows of a step."""
+        """Return the possible sizes of a mini-batch, largest first, if a device has ``rows`` rows of a step."""
         return [rows]
 
     def rows_at_once(self, rows: int) -> int:
-        """Return the size of a micro-batch where memory does not decide, if a device has ``rows`` rows of a step."""
+        """Return the size of a mini-batch where memory does not decide, if a device has ``rows`` rows of a step."""
         sizes = self.sizes_at_once(rows)
         return next((size for size in sizes if size <= MOST_AUTO_ROWS), sizes[-1])
 
@@ -226,7 +226,7 @@ class ReconstructionSettings(StageSettings):
     group_by_length: bool = True
 
     def sizes_at_once(self, rows: int) -> list[int]:
-        """Return the possible sizes of a micro-batch, largest first, if a device has ``rows`` rows of a step."""
+        """Return the possible sizes of a mini-batch, largest first, if a device has ``rows`` rows of a step."""
         if self.mini_batch_size == "auto":
             return [size for size in range(rows, 0, -1) if rows % size == 0]
         return [min(self.mini_batch_size or rows, rows)]

@@ -40,7 +40,8 @@ class Sizes:
     """How much data is drawn, and how long the stages are trained.
 
     :param training: Captioned images that the bridge is trained on; the warm-up also sees those of the probe.
-    :param held_out: Scenes that retrieval is measured on, with one caption each; all images of the user's own folder.
+    :param held_out: Scenes that retrieval is measured on, with one caption each; with the user's folders, all
+        images of the held-out one.
     :param pairs: Contrastive pairs at fraction 1, taken from the captioned images.
     :param variant_part: The fraction of the bridge's steps after which variants are compared, one of ``LENGTHS``.
     :param equal_fractions: The fractions of the pairs for which contrastive learning alone also gets the compute of

@@ -39,8 +39,8 @@ class PhotoSizes(Sizes):
     :param images: The numbers of images to make contrastive pairs of, the most informative first; a number larger than
         the number of images stands for all.
     :param complete: Train every arm with every number of images and captions. Otherwise, further arms (without a stage,
-        or with other stages) are trained only with the first number and all captions, and all three stages on the
-        pairs alone only with all captions and fewer images.
+        with half of the bridge, or with MoCa) are trained only with the first number and all captions, and all three
+        stages on the pairs alone only with all captions and fewer images.
     :param captions: The mean number of captions per image.
     """
 

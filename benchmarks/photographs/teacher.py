@@ -20,7 +20,7 @@ SIDE = 160
 """Its features say more about a photograph at 160 than at 128 pixels, at 1.5 times the cost (docs/experiments.md)."""
 
 GRID = 4
-"""The features of an image in each direction: one for each visual token of an image of 112 x 112."""
+"""The number of features along each side of an image: one for each visual token of an image of 112 x 112."""
 
 
 class Teacher(nn.Module):

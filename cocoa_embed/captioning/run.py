@@ -222,7 +222,10 @@ class CaptionRun:
             yield Picture(path, file_name, text, rows, [stat.st_size, stat.st_mtime_ns, text, version])
 
     def _read_texts(self, paths: Iterable[Path]) -> dict[Path, list[DescribedImage]]:
-        """Return images with the text files next to them, except those whose file cannot be read, to keep its text."""
+        """Return images with the text files next to them.
+
+        An image whose text file cannot be read is left out, so that its text is not replaced.
+        """
         described: dict[Path, list[DescribedImage]] = {}
         for path in paths:
             beside = text_beside(path)

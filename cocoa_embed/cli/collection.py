@@ -131,7 +131,7 @@ def filterable(
     collection: CollectionOption = "images",
     storage: Storage,
 ) -> None:
-    """Create indexes on columns: hosted servers require them for filters, other servers and Edge filter faster."""
+    """Create indexes on columns: hosted servers need them for filters, others and Edge filter faster with them."""
     if storage.url is None and storage.edge is None:
         raise UsageError("a local index (--path) filters by any key and has no indexes; --url and --edge have them")
     with reading(collection, storage) as store:

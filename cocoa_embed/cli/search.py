@@ -60,13 +60,15 @@ def search(
         float | None, typer.Option(help="From 0 (the nearest) to 1 (as different from each other as possible).")
     ] = None,
     group_by: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Return only the best image for each value of this key.")
+        str | None, typer.Option(metavar="KEY", help="Of all images with one value of this key, return only the best.")
     ] = None,
     hnsw_ef: Annotated[
         int | None,
-        typer.Option(min=1, help="Candidates that the index considers: more are slower and find more (--url, --edge)."),
+        typer.Option(
+            min=1, help="Candidates that the search index considers: more are slower and find more (--url, --edge)."
+        ),
     ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Compare all vectors instead of using the index.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Compare all vectors, without the search index.")] = False,
     vectors: Annotated[
         int,
         typer.Option(

@@ -66,7 +66,7 @@ def serve(
 def search_server(
     server: str, api_key: str | None, image: str | None, allowed_hosts: Sequence[str], asked: dict[str, Any]
 ) -> dict[str, Any]:
-    """Send a search to a server, along with its files of this machine, and return the answer.
+    """Send a search to a server, with the content of its image, and return the answer.
 
     :param image: A value of ``--image``.
     :param asked: The other fields of the search; examples that are files here are named by their absolute paths.

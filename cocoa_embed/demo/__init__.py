@@ -17,10 +17,13 @@ def check_folders(out: Path, work: Path, photos: Path | None = None, backbone: s
     :param photos: A folder that the demo reads.
     :param backbone: A name, or another folder that the demo reads.
     :raises CocoaError: If an output folder holds something else, or would overwrite a folder that is read.
-    :raises UsageError: If one of the output folders lies inside the other.
+    :raises UsageError: If the output folders are the same, or one lies inside the other.
     """
     if work.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(work.resolve()):
-        raise UsageError(f"One of {out} and {work} lies inside the other; give separate folders as --out and --work.")
+        raise UsageError(
+            f"{out} and {work} are the same folder, or one lies inside the other; give separate folders as --out and"
+            " --work."
+        )
     inputs = [photos, None if backbone is None else Path(expanduser(backbone))]  # as a recipe reads it
     for folder in (out, work):
         refuse_to_overwrite(folder, [path for path in inputs if path is not None and path.is_dir()])

@@ -67,7 +67,8 @@ def split_photographs(folder: Path, captions: CaptionChoice, out: Path) -> tuple
     if min(map(len, rows.values())) < 2:
         raise CocoaError(
             f"{printable(folder)} has {len(rows['train'])} usable photographs to train on and"
-            f" {len(rows['held-out'])} to measure on; give more, all different. {' '.join(faults[:1])}".rstrip()
+            f" {len(rows['held-out'])} to measure on; give more that are not copies of these."
+            f" {' '.join(faults[:1])}".rstrip()
         )
     for name, of_split in rows.items():
         lines = "".join(f"{json.dumps(row)}\n" for row in of_split)

@@ -65,7 +65,7 @@ class Demo:
             held-out scenes), ``contrastive_only`` with the same keys, ``seconds`` and ``peak_memory_bytes`` by part
             and ``total``, ``indexed`` and ``seed``.
         :raises CocoaError: If ``out`` or ``work`` holds something else.
-        :raises UsageError: If one of them lies inside the other.
+        :raises UsageError: If they are the same folder, or one lies inside the other.
         """
         started = time.perf_counter()
         console, meter = Console(stderr=True), Meter()

@@ -1,6 +1,6 @@
 """What an index needs to know about a model, cached by the state of the model's files.
 
-This way, a model that made a collection is recognized without loading it, and without importing torch.
+This way, a model that made a collection is recognised without loading it, and without importing torch.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def describe(model: str | Path, options: Mapping[str, Any], load: Callable[[], D
 def remembered_in(model: str | Path, options: Mapping[str, Any]) -> Path | None:
     """Return the file in the cache that holds a description.
 
-    Its name is a digest of the size, mtime and ctime of all files of the model, and of all else that it depends on.
+    Its name is a digest of the size, mtime and ctime of all files of the model, and of all else that the description
+    depends on.
 
     :returns: None for a model that depends on more than the files in its folder: an adapter, a linked folder, code from
         the hub, other options.

@@ -22,7 +22,7 @@ def load_encoder(model: str | Path, device: str | None = None, dimension: int | 
         scaled down instead of the model's own limit.
     :raises CocoaError: If the model cannot be loaded. A folder that is missing or broken is refused before any heavy
         library is imported.
-    :raises UsageError: If the model does not support ``max_pixels``.
+    :raises UsageError: If the model does not support ``max_pixels``, or not this value.
     """
     streaming = {name: options.pop(name) for name in ("workers", "batch_tokens") if name in options}
     pixels = options.pop("max_pixels", None)

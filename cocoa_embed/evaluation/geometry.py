@@ -14,7 +14,9 @@ TIE = 1e-9
 
 
 def alignment(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
-    """Return the mean squared distance of pairs (Wang and Isola 2020, alpha 2), in [0, 4]; 0 if all pairs are equal.
+    """Return the mean squared distance of pairs (Wang and Isola 2020, alpha 2), in [0, 4].
+
+    It is 0 if the two sides of every pair are equal.
 
     :param first: float ``[n, D]``; each row is paired with the same row of ``second``.
     :raises ValueError: If the shapes differ, there is no row, or a value is not finite.

@@ -48,7 +48,8 @@ def find_images(
       that are marked as caches, and what is excluded; a folder in ``paths`` itself is always searched.
 
     :param on_error: Called for each folder that cannot be listed; the search then skips it.
-    :param passed_over: Excludes further files, relative to ``search_folder`` of a path, and counts what is passed over.
+    :param passed_over: Excludes further files and folders, relative to ``search_folder`` of a path, and counts what is
+        passed over.
     :raises CocoaError: If a path does not exist, a pattern matches nothing, a list cannot be read or, without
         ``on_error``, a folder cannot be listed.
     """

@@ -17,7 +17,7 @@ tokens."""
 class Block(IntEnum):
     """The block of a position in a bridge sequence ``[block A] <EOS> [block B]``.
 
-    ``UNSEEN`` is one of several ``<EOS>``, to which block B does not attend.
+    If there are several ``<EOS>``, those that block B does not attend to are ``UNSEEN``.
     """
 
     PAD = 0
@@ -109,7 +109,7 @@ def sees(rows: Tensor, columns: Tensor, *, eos_attends_to_b: bool) -> Tensor:
 
 
 def bidirectional_mask(attention_mask: Tensor) -> Tensor:
-    """Return the dense mask of full attention without padding: bool ``[B, L, L]`` from a ``[B, L]`` mask of 0 and 1."""
+    """Return the mask of full attention, except to padding: bool ``[B, L, L]`` from a ``[B, L]`` mask of 0 and 1."""
     keep = attention_mask.bool()
     itself = torch.eye(keep.shape[1], dtype=torch.bool, device=keep.device)
     return (keep[:, :, None] & keep[:, None, :]) | (itself & ~keep[:, :, None])

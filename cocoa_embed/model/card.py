@@ -65,7 +65,7 @@ POOLED = {
     "eos": "with [CoCoA](https://arxiv.org/abs/2603.01471) so that the last hidden state of `{eos}`",
     "mean": "so that the mean of the last hidden states of all tokens",
 }
-"""What the model was trained with, and which state it makes hold the content, for each ``pooling``."""
+"""What the model was trained for, for each ``pooling``: the words before "holds the content"."""
 
 _SEVERAL = """\
 Open it with `MultiVectorEncoder`. A `SentenceTransformer` opens it, too, without an error, but its embedding is then

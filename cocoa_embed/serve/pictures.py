@@ -89,7 +89,7 @@ def read_picture(payload: Payload) -> tuple[bytes, Image.Image, str]:
     for key in paths:
         try:
             if "://" in key or not os.path.isabs(key):
-                reason = "is not on this machine; index it with --thumbnails to have its thumbnail here"
+                reason = "is not on this machine; only its thumbnail can be shown, if it is indexed with --thumbnails"
                 raise ImageError(printable(key), reason)
             data = read_key(key)
             check_content(data, key, payload)

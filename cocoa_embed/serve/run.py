@@ -37,7 +37,8 @@ def model_of(store: Store) -> str:
         check_model(signature.model)
     except CocoaError as error:
         raise CocoaError(
-            f"{store.name} was made with {signature.model}, which cannot be found; give the model"
+            f"{store.name} was made with {signature.model}, which cannot be found; give the folder or hub name of"
+            " this model"
         ) from error
     return signature.model
 

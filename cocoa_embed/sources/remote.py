@@ -89,7 +89,10 @@ class RemoteImages:
         return not is_web(key) and all(map(is_gone, [key, *files_of(key)]))
 
     def covers(self, key: str) -> bool:
-        """Return whether the key is below the address; an image inside a file counts only if nothing is left there."""
+        """Return whether the key is below the address.
+
+        An image inside a file counts only if nothing is left at the address.
+        """
         is_inside = self.root != "" and (key == self.root or is_below(key, self.root))
         return key in (self.files or ()) or (is_inside and ("#" not in key or self.files == {}))
 

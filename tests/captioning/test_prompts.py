@@ -78,7 +78,7 @@ def test_a_question_without_an_answer_is_no_pair_and_another_mark_of_the_same_ki
 
 
 def test_an_answer_of_line_ends_is_read_at_once() -> None:
-    """It would take hours if each mark looked for another one behind all line ends."""
+    """It would take hours if each mark looked for another one after all line ends."""
     assert PROMPTS.read([QUESTIONS], [Answer(("Q: a\n" + "\n" * 20) * 1000)])["questions"] == []
     for answer in ("Q:" + "\n" * 1000 + "x", "Q: What?" + "\n" * 1000 + "x", "Q: What?\nA: It" + "\n" * 1000 + "is."):
         assert len(PROMPTS.read([QUESTIONS], [Answer(answer)])["questions"]) == answer.endswith("is.")

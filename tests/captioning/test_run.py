@@ -249,7 +249,7 @@ def test_values_that_json_does_not_have_are_written_so_that_they_are_read_again(
     assert len(rows) == 7
 
 
-def test_a_full_disk_is_one_sentence_and_the_next_run_continues(blank: Path) -> None:
+def test_a_full_disk_is_reported_in_one_sentence_and_the_next_run_continues(blank: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
     try:
@@ -263,7 +263,7 @@ def test_a_full_disk_is_one_sentence_and_the_next_run_continues(blank: Path) -> 
     assert len(read_image_folder(blank.parent / "out")) == 7
 
 
-def test_wrong_usage_is_one_sentence_with_the_way_out(
+def test_wrong_usage_is_reported_in_one_sentence_with_the_way_out(
     command: Command, blank: Path, tiny_backbone_path: Path, tmp_path: Path
 ) -> None:
     bidirectional = tmp_path / "bidirectional"

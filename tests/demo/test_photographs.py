@@ -72,7 +72,9 @@ def test_broken_photographs_are_left_out_and_named(photos: Path, tmp_path: Path)
     assert len(faults) == 1
 
 
-def test_wrong_folders_are_a_sentence_each(photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_wrong_folder_is_reported_in_one_sentence(
+    photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(photos.parent)
     monkeypatch.setenv("HOME", str(photos.parent))
     (photos.parent / "bare").mkdir()

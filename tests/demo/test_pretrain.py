@@ -249,7 +249,7 @@ def test_only_rows_of_new_tokens_learn_while_the_language_model_is_frozen(load_t
         (["vision.word_images=99"], {}, "No word is in the captions of 99 images"),
     ],
 )
-def test_what_contradicts_itself_or_does_not_exist_is_one_sentence_and_writes_nothing(
+def test_what_contradicts_itself_or_does_not_exist_is_reported_in_one_sentence_and_writes_nothing(
     overrides: list[str], options: dict[str, Any], reason: str, scene_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(CocoaError, match=reason) as error:

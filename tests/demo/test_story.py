@@ -111,6 +111,6 @@ def test_a_second_run_with_the_same_seed_replaces_the_first_and_gives_the_same(f
 @pytest.mark.parametrize(("out", "work"), [("a", "a/b"), ("a/../b/c", "b")])
 def test_folders_inside_each_other_are_refused_before_anything_is_drawn(tmp_path: Path, out: str, work: str) -> None:
     (tmp_path / "a").mkdir()
-    with pytest.raises(UsageError, match="lies inside the other"):
+    with pytest.raises(UsageError, match="one lies inside the other"):
         Demo(tmp_path / out, tmp_path / work).run()
     assert [path.name for path in tmp_path.rglob("*")] == ["a"]

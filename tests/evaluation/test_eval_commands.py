@@ -91,7 +91,7 @@ def test_an_interrupted_run_keeps_finished_subsets(mmeb: Run, models: dict[str, 
     assert not [item for item in models["ours"].queries if "classification" in item["text"]]
 
 
-def test_wrong_input_of_mmeb_is_one_sentence_before_the_model_is_loaded(
+def test_wrong_input_of_mmeb_is_reported_in_one_sentence_before_the_model_is_loaded(
     mmeb: Run, models: dict[str, ScoredModel], tmp_path: Path
 ) -> None:
     ours = models.pop("ours")

@@ -136,7 +136,7 @@ def test_subsets_that_the_model_does_not_support_are_not_run(run: Run, benchmark
     assert document["not_run"]["OK-VQA"] == "scored does not embed image and text together"
 
 
-def test_a_result_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+def test_a_result_that_cannot_be_written_is_reported_in_one_sentence(tmp_path: Path) -> None:
     cache = ResultCache(tmp_path / "finished")
     os.rmdir(tmp_path / "finished")
     with pytest.raises(CocoaError, match=r"OK-VQA-\w+\.json cannot be written"):

@@ -213,7 +213,7 @@ def test_system_folders_are_passed_over_unless_they_are_named(tmp_path: Path) ->
         assert names(find_images([(tmp_path / file).parent / "*.*"]), tmp_path) == [file]
 
 
-def test_companions_are_recognized_by_their_bytes_and_deleted_files_by_their_names(tmp_path: Path) -> None:
+def test_companions_are_recognised_by_their_bytes_and_deleted_files_by_their_names(tmp_path: Path) -> None:
     make(tmp_path, "a.jpg", "sub/._empty.jpg", ".trashed-1700000000-b.jpg")
     (tmp_path / "._a.jpg").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
     (tmp_path / "._photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")

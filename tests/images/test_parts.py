@@ -62,7 +62,7 @@ def test_a_full_picture_below_a_reduced_one_is_taken_if_it_is_no_raw_data(order:
     tags |= {278: (3, [30]), 254: (4, [REDUCED]), 330: (4, [0])}
     above = tiff_file(tags, [small.tobytes()], order)
     (place,) = (at for at in range(10, 10 + 12 * len(tags) + 24, 12) if above[at : at + 2] in (b"\x4a\1", b"\1\x4a"))
-    # The directory of the large picture goes behind, with the offsets in it moved.
+    # The directory of the large picture goes to the end, with the offsets in it adjusted.
     shift = len(above)
     moved = bytearray(below)
     for at in range(10, 10 + 12 * struct.unpack_from(f"{order}H", below, 8)[0], 12):

@@ -55,7 +55,8 @@ def test_a_list_reaches_neither_this_machine_nor_hosts_that_are_not_allowed(
     write_table(tmp_path / "rows.csv", [{"url": address} for address in (*local, *hosts, *inside)])
     found = read_uncovered(tmp_path / "rows.csv")
     assert found.contents == {}
-    assert [fault.partition(": ")[2][:14] for fault in found.faults] == ["cannot be read"] * 8 + ["is an address "] * 2
+    reasons = [fault.partition(": ")[2][:21] for fault in found.faults]
+    assert reasons == ["cannot be read from a"] * 8 + ["is an address inside "] * 2
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet"])

@@ -86,7 +86,7 @@ def read_rows(
         if not len(some):
             raise CocoaError(
                 f"Subset {name!r} has {len(usable[name])} usable rows, and its weight {sources[name].weight} "
-                "leaves none of them; give it more rows or a larger weight."
+                "leaves none of them; give it more usable rows or, if it has some, a larger weight."
             )
     mixed = read.table.select(np.concatenate(list(weighted.values())))
     return ReadRows(mixed, bad, checked.sizes, checked.unchecked)

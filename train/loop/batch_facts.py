@@ -71,7 +71,7 @@ class DescribedBatches:
 
 
 class LateReading:
-    """A copy of a tensor to the CPU that does not block; read it later, when it is likely to have arrived.
+    """A non-blocking copy of a tensor to the CPU; read it later, when it is likely to have arrived.
 
     :param value: The tensor, on any device.
     """

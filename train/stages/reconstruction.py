@@ -50,7 +50,10 @@ def model_mask(model: PreTrainedModel, allowed: Tensor) -> Tensor:
 
 
 def bidirectional_model_mask(model: PreTrainedModel, attention_mask: Tensor) -> Tensor | BlockMask:
-    """Return full attention without padding (int64 ``[B, L]``) in the form that the model takes: ``[B, 1, L, L]``."""
+    """Return the mask of full attention, except to padding, in the form that the model takes: ``[B, 1, L, L]``.
+
+    :param attention_mask: int64 ``[B, L]``.
+    """
     if uses_flex_attention(model):
         return bidirectional_block_mask(attention_mask)
     return model_mask(model, bidirectional_mask(attention_mask))

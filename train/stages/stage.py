@@ -117,7 +117,7 @@ class Stage(ABC, Generic[Own]):
         return []
 
     def micro_batches(self, devices: int) -> tuple[int, int]:
-        """Return how many rows all devices take at once, and how many of these micro-batches make a step.
+        """Return how many rows all devices take at once, and how many of these mini-batches make a step.
 
         :raises UsageError: If the batch cannot be divided like this.
         """
@@ -238,7 +238,7 @@ class Stage(ABC, Generic[Own]):
         return [*remedies, self.memory_remedy()]
 
     def trials(self, trainer: CocoaTrainer, rows: RowTable) -> list[Trial]:
-        """Return the sizes to try on a device's memory: here, the rows of a micro-batch.
+        """Return the sizes to try on a device's memory: here, the rows of a mini-batch.
 
         :param rows: The rows of the stage; the longest, and those with the most images, need the most memory.
         """

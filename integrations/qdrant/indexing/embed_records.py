@@ -127,7 +127,7 @@ class PointStream:
     _embedded_again: dict[str, Payload] = field(default_factory=dict, init=False)
     """The payloads of those among them that are stored and are embedded again."""
     _captions: dict[str, np.ndarray] = field(default_factory=dict, init=False)
-    """The vectors of the captions of contents that are being embedded."""
+    """The vectors of the captions of content that is being embedded."""
     _failed: deque[FailedRecord] = field(default_factory=deque, init=False)
 
     def run(self, records: Iterable[Record], batch_size: int = 32) -> Iterator[Outcome]:
@@ -246,7 +246,7 @@ class PointStream:
         self.on_stored(StoredContent(record, content.id, payload, thumbnail, vector))
 
     def _finish(self, content: Content, outcome: EmbeddedImage | ImageError) -> Iterator[Outcome]:
-        """Yield the point of a content that was embedded, or the failures of its records."""
+        """Yield the point of content that was embedded, or the failures of its records."""
         records = self._embedding.pop(content.id)
         stored, caption = self._embedded_again.pop(content.id, None), self._captions.pop(content.id, None)
         if isinstance(outcome, ImageError):

@@ -119,7 +119,7 @@ class Manifest:
         return self._first("SELECT reason FROM faults WHERE key = ? AND version = ?", key, version)
 
     def content_fault(self, sha256: str) -> str | None:
-        """Return why a content could not be used."""
+        """Return why some content could not be used."""
         return self._first("SELECT reason FROM faults WHERE sha256 = ?", sha256) if self._has_faults else None
 
     def add_fault(self, fault: Fault, shard: str | None, version: str, sha256: str) -> None:
@@ -133,7 +133,7 @@ class Manifest:
         self._execute("UPDATE faults SET shard = ? WHERE key = ? AND shard IS NOT ?", shard, key, shard)
 
     def reopen(self, shard: str) -> None:
-        """Forget that a shard is complete and which of its records have faults; their contents stay known."""
+        """Forget that a shard is complete and which of its records have faults; their content stays known."""
         self._execute("DELETE FROM complete_shards WHERE key = ?", shard)
         self._execute("UPDATE faults SET shard = NULL WHERE shard = ?", shard)
 

@@ -1,4 +1,4 @@
-"""One indexing run: skip unchanged shards and records, embed new contents, merge them into the collection, prune.
+"""One indexing run: skip unchanged shards and records, embed new content, merge it into the collection, prune.
 
 A run may be killed at any moment: everything that it has stored is correct, and the next run does the rest. The new
 content of a file is stored before the old content is removed, and a file that two points name is read again. What the
@@ -82,7 +82,7 @@ class ShardProgress:
     is_unpruned: bool = False
     """Whether points may name images that are no longer in it: it had points before, and the run does not prune."""
     has_stale_points: bool = False
-    """Whether points of earlier contents name its records until the run has finished."""
+    """Whether points of earlier content name its records until the run has finished."""
 
 
 @dataclass
@@ -350,7 +350,7 @@ class IndexRun:
         self._writer.insert(new)
 
     def _detach_others(self, record: Record, id_: str) -> bool:
-        """Detach a record from the points of its earlier contents; return whether there are any."""
+        """Detach a record from the points of its earlier content; return whether there are any."""
         others = [other for other in self._before.pop(record.key, []) if other != id_]
         for other in others:
             self._detach(other, storable(record.key), record.shard)

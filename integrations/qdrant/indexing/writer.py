@@ -27,7 +27,7 @@ class Batch:
 
     points: dict[str, Point] = field(default_factory=dict)
     changes: dict[str, Change] = field(default_factory=dict)
-    """Changes by point id, including the new points, which another process may have inserted meanwhile."""
+    """Changes by point id, including those of the new points, which another process may have inserted meanwhile."""
     shards: Counter[str] = field(default_factory=Counter)
     """How many records of each shard the batch completes."""
     writing: Future[list[str]] | None = None

@@ -105,7 +105,7 @@ class Searcher(ABC):
             of the eight.
         :param diversity: From 0 (the nearest) to 1 (hits as different from each other as possible), by maximal marginal
             relevance.
-        :param group_by: A key of the payload, such as ``album``: only the best image for each value is a hit.
+        :param group_by: A key of the payload, such as ``album``: of all images with one value, only the best is a hit.
         :param hnsw_ef: How many candidates the search index of a server or of Edge considers: more are slower, and find
             more of the nearest.
         :param exact: Whether to compare all vectors instead, as they are stored: slow, but finds all of the nearest.

@@ -107,7 +107,7 @@ def plan(
     """Yield the parts that a folder lacks, the summaries of those that it has, and one of lists that cannot be read.
 
     :param number: The number of this machine, from 1 to ``count``; each machine embeds every ``count``-th part.
-    :param retry_failed: Whether parts with images that could not be used count as lacking.
+    :param retry_failed: Whether parts with images that could not be used count as missing.
     :raises CocoaError: If the folder or a source cannot be listed.
     """
     names = set(folder.names())

@@ -68,7 +68,7 @@ def load(
 
 
 def load_group(points: Sequence[Point], store: Store, writer: Writer) -> None:
-    """Write points; of several contents of one path, the one with the latest mtime keeps it."""
+    """Write points; if several have the same path, the one with the latest mtime keeps it."""
     holders: dict[str, dict[str, float]] = {}
     paths = [each.path for point in points for each in stored_locations(point.payload)]
     for id_, payload in store.by_paths(paths).items():

@@ -59,7 +59,7 @@ class Point(NamedTuple):
     payload: Payload
     """A JSON object."""
     caption: np.ndarray | None = None
-    """The vector of the caption, if it has its own."""
+    """The vector of the caption, if it has its own: float32, shape ``(dimension,)``."""
 
     def vectors(self, embed: str) -> Any:  # noqa: ANN401 - as the clients of Qdrant take them
         """Return the values of the one vector, or of both by name; a point without a caption has no vector for it."""
@@ -152,7 +152,7 @@ class StoredPoint(NamedTuple):
     vector: np.ndarray | None
     """float32, shape ``(dimension,)``; None if it was not requested."""
     caption: np.ndarray | None = None
-    """The vector of the caption, if it has its own."""
+    """The vector of the caption, if it has its own: float32, shape ``(dimension,)``."""
     vectors: np.ndarray | None = None
     """All vectors, for a model of several; shape ``(vectors, dimension)``."""
 
@@ -205,7 +205,8 @@ class Signature:
         if self.fingerprint not in (None, other.fingerprint) or self.dimension != other.dimension:
             raise CocoaError(
                 f"{name} was made with {self.model} ({self.dimension} dimensions), not with {other.model}"
-                f" ({other.dimension}); choose another {kind}, or give its model, with the same --max-pixels"
+                f" ({other.dimension}); choose another {kind}, or give the model that made it, with the same"
+                " --max-pixels"
             )
         if self.embed != other.embed:
             raise CocoaError(

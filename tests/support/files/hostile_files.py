@@ -97,7 +97,7 @@ def good_files() -> Iterator[Made]:
     arithmetic = encoded(picture(23).convert("L"), "JPEG").replace(b"\xff\xc0", b"\xff\xc9", 1)
     yield Made("jpeg, arithmetic coding", "arithmetic.jpg", arithmetic)
     yield Made("jpeg, CMYK", "cmyk.jpg", encoded(picture(24).convert("CMYK"), "JPEG"))
-    yield Made("jpeg, garbage behind it", "tail.jpg", encoded(picture(25), "JPEG") + bytes(range(256)) * 40)
+    yield Made("jpeg, garbage after it", "tail.jpg", encoded(picture(25), "JPEG") + bytes(range(256)) * 40)
     yield Made("jpeg, orientation 9", "orientation9.jpg", encoded(picture(28), "JPEG", exif=exif(9)))
     broken_exif = b"Exif\0\0II*\0\xff\xff\xff\xffgarbage"
     yield Made("jpeg, broken EXIF", "exif.jpg", encoded(picture(29), "JPEG", exif=broken_exif))
@@ -245,7 +245,7 @@ def other_formats() -> Iterator[Made]:
 
 
 def noise() -> Iterator[Made]:
-    """Yield random bytes behind the first bytes of each format."""
+    """Yield random bytes after the first bytes of each format."""
     starts = (
         *(b"", b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0", b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR", b"GIF89a"),
         *(b"RIFF\xf0\x03\0\0WEBPVP8 ", b"BM", b"II*\0\x08\0\0\0", b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0"),
@@ -255,7 +255,7 @@ def noise() -> Iterator[Made]:
     )
     for number, start in enumerate(starts):
         data = start + np.random.default_rng(number).bytes(1000)
-        yield Made(f"random bytes behind {start!r}", f"random{number}.jpg", data, "")
+        yield Made(f"random bytes after {start!r}", f"random{number}.jpg", data, "")
 
 
 def special_files(folder: Path) -> list[HostileFile]:

@@ -57,7 +57,7 @@ def exif(orientation: int) -> Image.Exif:
 def heic(image: Image.Image, orientation: int = 1, **options: object) -> bytes:
     """Return a lossless HEIC file of a picture that is upright once its orientation is applied.
 
-    As on a telephone, the file has the orientation twice: as a property of the picture, and as EXIF.
+    As on a phone, the file has the orientation twice: as a property of the picture, and as EXIF.
     """
     pixels = stored(image, orientation)
     file = pillow_heif.from_bytes(mode=pixels.mode, size=pixels.size, data=pixels.tobytes())

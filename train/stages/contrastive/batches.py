@@ -119,7 +119,7 @@ class PairBatches(BatchSampler):
 
     :param batch_size: Rows of a batch, over all devices.
     :param steps: The number of batches.
-    :param turns: How many numbers each pair has, ``span`` apart; one epoch after the other uses the next.
+    :param turns: How many numbers stand for each pair, ``span`` apart; successive epochs use them in turn.
     :raises ValueError: If an epoch has no batch.
     """
 
