@@ -387,7 +387,7 @@ def test_the_figure_has_the_numbers_of_the_results() -> None:
         assert sorted(widths) == pytest.approx(sorted(arm["recall@1"]["half_width"] for arm in arms))
 
 
-@pytest.mark.parametrize("name", ["ablation", "ablation/longer-bridge", "photos"])
+@pytest.mark.parametrize("name", ["ablation", "ablation/longer-bridge", "photos", "photos/second-backbone"])
 def test_the_documented_tables_are_those_of_the_documented_numbers(name: str) -> None:
     folder = ROOT / "docs" / name
     document = json.loads((folder / "ablation.json").read_text(encoding="utf-8"))
