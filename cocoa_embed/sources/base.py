@@ -11,7 +11,7 @@ from typing import Any, Protocol
 LARGEST_INTEGER = 2**63 - 1
 """The largest integer that Qdrant stores as it is."""
 MOST_LEVELS = 100
-"""How deeply lists and objects may be nested in a value. Qdrant reads 127 levels of a payload."""
+"""How deeply lists and objects may be nested in a value. Qdrant Edge reads 127 levels of a payload."""
 
 
 @dataclass(frozen=True, kw_only=True)
