@@ -2,8 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from cocoa_embed.errors import CocoaError, UsageError
 
@@ -12,6 +15,12 @@ DEFAULT_INDEX = "cocoa-index"
 
 RUN_MARKER = ".cocoa-run"
 """Marks the output folder of a training run, which holds its checkpoints."""
+
+LOCK_FILE = ".cocoa-writing"
+"""In an output folder while a run writes to it, and after a kill."""
+
+LOCK_PATIENCE = 10.0
+"""Seconds to wait for another run: the data loaders of a killed one hold its lock until they notice."""
 
 SCRATCH_SUFFIX = ".new"
 """The suffix of a file that is not complete yet."""
@@ -32,7 +41,7 @@ def refuse_foreign_folder(folder: Path, *, marker: str) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise CocoaError(f"{folder} is a file; give the name of a folder to write to.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+    if folder.is_dir() and any(map(_is_content, folder.iterdir())) and not (folder / marker).is_file():
         raise CocoaError(
             f"{folder} holds something else (it has no {marker}); nothing was written. Give another folder, or "
             "empty this one."
@@ -59,6 +68,37 @@ def refuse_checkpoint(out: Path) -> None:
         raise CocoaError(f"{out} is in the folder of a training run; give a folder outside of it.")
 
 
+@contextmanager
+def only_writer(folder: Path, *, marker: str) -> Iterator[None]:
+    """Keep other runs from writing to ``folder``, which is created if needed, until the end of the block.
+
+    :raises CocoaError: If another run writes to it, it holds something else, or it cannot be written.
+    """
+    refuse_foreign_folder(folder, marker=marker)
+    is_new, file = not folder.exists(), folder / LOCK_FILE
+    lock = FileLock(file, timeout=LOCK_PATIENCE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise CocoaError(f"another run is writing to {folder}; wait for it, or give another folder.") from error
+    except OSError as error:
+        raise CocoaError(f"{folder} cannot be written ({error.strerror}); give another folder.") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            file.unlink()  # while it is locked: whoever waits for it sees that it is gone
+        lock.release()
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()  # if the run has written nothing
+
+
+def _is_content(entry: Path) -> bool:
+    return entry.name != LOCK_FILE
+
+
 def claim_folder(folder: Path, *, marker: str) -> None:
     """Create ``folder``, empty but for its ``marker`` file; the output of an earlier run is removed.
 
@@ -69,7 +109,7 @@ def claim_folder(folder: Path, *, marker: str) -> None:
     refuse_foreign_folder(folder, marker=marker)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == marker):
+        for entry in sorted(filter(_is_content, folder.iterdir()), key=lambda entry: entry.name == marker):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import ProcessorMixin, Trainer, set_seed
 
 from cocoa_embed.errors import CocoaError
+from cocoa_embed.folders import RUN_MARKER, only_writer
 from cocoa_embed.model.backbone import Backbone, load_backbone, load_processor
 from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train.data.broken_rows import unbroken
@@ -62,18 +64,25 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False, inspect: Inspect | N
     :raises UsageError: If the recipe has no stage, a stage has no data, this machine cannot run it, or the interrupted
         run had another recipe or other rows.
     :raises Stopped: If SIGTERM or Ctrl-C has stopped the run; it can be resumed.
-    :raises CocoaError: If data, backbone or output folder cannot be used, or a loss is not finite.
+    :raises CocoaError: If data, backbone or output folder cannot be used, another run writes to it, or a loss is not
+        finite.
     """
     refuse_idle_accelerators()
-    prepared = by_first_process(partial(prepare, recipe, out, resume=resume))
-    results = list(prepared.results)
-    for name in prepared.rows:
-        stage = prepared.recipe.stages[name]
-        with explain_out_of_memory(name, stage.weights_remedies()):
-            results.append(_run_stage(stage, prepared, results, out, inspect))
-        clear_device_cache(garbage_collection=True)  # trainers and their callbacks refer to each other and to the model
-    if PartialState().is_main_process:
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    with ExitStack() as stack:
+
+        def lock_and_prepare() -> Prepared:
+            stack.enter_context(only_writer(out, marker=RUN_MARKER))
+            return prepare(recipe, out, resume=resume)
+
+        prepared = by_first_process(lock_and_prepare)
+        results = list(prepared.results)
+        for name in prepared.rows:
+            stage = prepared.recipe.stages[name]
+            with explain_out_of_memory(name, stage.weights_remedies()):
+                results.append(_run_stage(stage, prepared, results, out, inspect))
+            clear_device_cache(garbage_collection=True)  # trainers, their callbacks and the model refer to each other
+        if PartialState().is_main_process:
+            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     return results
 
 

@@ -11,16 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from arms.families import families
 from arms.grid import MOCA, MOCA_SETTINGS, Grid, Group, Sizes, StageRun
 from arms.photos import SETTINGS, PhotoGrid, PhotoSizes
 from cocoa_embed.data.image_folder import METADATA_FILE
 from cocoa_embed.demo.photographs import link_or_copy
 from cocoa_embed.demo.scenes import write_image_folder, write_scenes
-from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.folders import claim_folder, write_atomically
+from cocoa_embed.errors import UsageError
+from cocoa_embed.folders import claim_folder, only_writer, write_atomically
 from cocoa_embed.train import Recipe
 from cocoa_embed.train.loop.checkpoints import snapshot_folder
 from cocoa_embed.train.plan.checks import NOT_LEARNED
@@ -99,15 +97,12 @@ class Workspace:
     def lock(self) -> Iterator[None]:
         """Create the folder, or continue in it, and lock it.
 
-        :raises CocoaError: If it holds something else, or another ablation runs in it.
+        :raises CocoaError: If it holds something else, or another ablation writes to it.
         """
-        if not (self.work / MARKER).is_file():
-            claim_folder(self.work, marker=MARKER)
-        try:
-            with FileLock(self.work / f"{MARKER}.lock", timeout=0):
-                yield
-        except Timeout as error:
-            raise CocoaError(f"another ablation runs in {self.work}; wait for it or give --work") from error
+        with only_writer(self.work, marker=MARKER):
+            if not (self.work / MARKER).is_file():
+                claim_folder(self.work, marker=MARKER)
+            yield
 
     def data(self, seed: int) -> Data:
         """Return the data of a seed, drawing scenes if they are missing."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
 from itertools import islice
@@ -24,7 +24,7 @@ from cocoa_embed.data.image_folder import (
 )
 from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import CocoaError, ImageError, RowError, one_line, printable
-from cocoa_embed.folders import refuse_checkpoint, refuse_foreign_folder, write_atomically
+from cocoa_embed.folders import only_writer, refuse_checkpoint, refuse_foreign_folder, write_atomically
 from cocoa_embed.images.find_files import find_images
 from cocoa_embed.images.load import image_size, load_image, read_stable_file
 
@@ -126,13 +126,12 @@ class CaptionRun:
         The metadata are written at the end, even if the run ends early.
 
         :raises CocoaError: If the writer fails for any image, ``FAILURES_IN_A_ROW`` images have no answer, or ``out``
-            cannot be written.
+            cannot be written, or another run writes to it.
         """
-        with self._writing():
-            self.out.mkdir(parents=True, exist_ok=True)
-            journal = (self.out / JOURNAL).open("ab+", buffering=0)
-        with journal:
+        with ExitStack() as stack:
+            stack.enter_context(only_writer(self.out, marker=JOURNAL))
             with self._writing():
+                journal = stack.enter_context((self.out / JOURNAL).open("ab+", buffering=0))
                 # Remove the half of a line that a kill may have left.
                 journal.seek(0)
                 journal.truncate(journal.read().rfind(b"\n") + 1)

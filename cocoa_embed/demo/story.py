@@ -20,7 +20,7 @@ from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.evaluation.pairs import evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, pairs_tables, shown_metrics
-from cocoa_embed.folders import claim_folder
+from cocoa_embed.folders import claim_folder, only_writer
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.model.export import save_sentence_transformer
 from cocoa_embed.model.loading import load_model
@@ -64,16 +64,17 @@ class Demo:
         :returns: What ``results.json`` holds: ``text_to_image`` and ``image_to_text`` (recall@1/5/10 and mrr on
             held-out scenes), ``contrastive_only`` with the same keys, ``seconds`` and ``peak_memory_bytes`` by part
             and ``total``, ``indexed`` and ``seed``.
-        :raises CocoaError: If ``out`` or ``work`` holds something else.
+        :raises CocoaError: If ``out`` or ``work`` holds something else, or another run writes to ``work``.
         :raises UsageError: If they are the same folder, or one lies inside the other.
         """
         started = time.perf_counter()
         console, meter = Console(stderr=True), Meter()
         check_folders(self.out, self.work, self.photos, self.backbone)
-        claim_folder(self.work, marker=MARKER)
-        with meter.part("data", console):
-            whole = self._with_images(console)
-        return whole._run(console, meter, started)
+        with only_writer(self.work, marker=MARKER):
+            claim_folder(self.work, marker=MARKER)
+            with meter.part("data", console):
+                whole = self._with_images(console)
+            return whole._run(console, meter, started)
 
     def _run(self, console: Console, meter: Meter, started: float) -> dict[str, Any]:
         held_out = read_image_folder(self.work / "data" / "held-out")

@@ -1,11 +1,16 @@
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 from exported import contents
+from filelock import FileLock
 
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.folders import claim_folder, refuse_foreign_folder, write_atomically
+from cocoa_embed.folders import LOCK_FILE, claim_folder, only_writer, refuse_foreign_folder, write_atomically
 
 MARKER = "marker.json"
 
@@ -57,6 +62,64 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, other: st
     with pytest.raises(CocoaError, match=reason):
         claim_folder(tmp_path / out, marker=MARKER)
     assert contents(tmp_path) == {other: b"mine"}
+
+
+def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cocoa_embed.folders.LOCK_PATIENCE", 0)
+    folder = tmp_path / "out"
+    with only_writer(folder, marker=MARKER):
+        claim_folder(folder, marker=MARKER)
+        with (
+            pytest.raises(CocoaError, match=r"another run is writing to .*out; wait for it"),
+            only_writer(folder, marker=MARKER),
+        ):
+            raise AssertionError
+        assert set(contents(folder)) == {MARKER, LOCK_FILE}, "and the first one's lock stays"
+    assert set(contents(folder)) == {MARKER}
+    with only_writer(folder, marker=MARKER):
+        assert set(contents(folder)) == {MARKER, LOCK_FILE}
+
+
+def test_a_writer_waits_for_the_data_loaders_of_a_killed_one(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / LOCK_FILE, thread_local=False)
+    lock.acquire()
+    thread = threading.Timer(0.3, lock.release)
+    thread.start()
+    with only_writer(tmp_path, marker=MARKER):
+        assert not lock.is_locked
+    thread.join()
+
+
+def test_a_killed_writer_holds_nothing_and_its_lock_file_is_not_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cocoa_embed.folders.LOCK_PATIENCE", 0)
+    code = f"""
+import os, signal
+from pathlib import Path
+from cocoa_embed.folders import only_writer
+with only_writer(Path({str(tmp_path)!r}), marker={MARKER!r}):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert set(contents(tmp_path)) == {LOCK_FILE}, "the premise: it was killed while it held the lock"
+    with only_writer(tmp_path, marker=MARKER):
+        claim_folder(tmp_path, marker=MARKER)
+
+
+def test_a_writer_that_writes_nothing_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        with pytest.raises(KeyError), only_writer(tmp_path / name, marker=MARKER):
+            raise KeyError
+    assert [entry.name for entry in tmp_path.iterdir()] == ["empty"]
+    assert not any((tmp_path / "empty").iterdir())
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(CocoaError, match=r"file/out cannot be written \(Not a directory\); give another folder"),
+        only_writer(tmp_path / "file" / "out", marker=MARKER),
+    ):
+        raise AssertionError
 
 
 def test_a_failed_write_leaves_no_scratch_file(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def prepare(recipe: Recipe, out: Path, *, resume: bool) -> Prepared:
         for stage in prepared.rows:
             remove_unfinished(out / stage)
     else:
-        if out.is_dir() and any(out.iterdir()):
+        if (out / RUN_MARKER).is_file():
             load_backbone(recipe.backbone)  # broken weights fail before an earlier run is removed
         claim_folder(out, marker=RUN_MARKER)
         if bad := bad_rows(prepared.rows):

@@ -33,8 +33,8 @@ from cocoa_embed.demo.pretrain.vision import VisionCollator, VisionTraining, Wor
 from cocoa_embed.errors import CocoaError, UsageError, printable
 from cocoa_embed.folders import (
     claim_folder,
+    only_writer,
     refuse_checkpoint,
-    refuse_foreign_folder,
     refuse_to_overwrite,
     write_atomically,
 )
@@ -78,15 +78,16 @@ def pretrain(settings: PretrainSettings, out: Path, *, resume: bool = False) -> 
     :param resume: Continue the interrupted run in ``out``, if there is one; a finished run does not change.
     :raises UsageError: If the settings contradict each other, or the interrupted run had other settings or rows.
     :raises Stopped: If SIGTERM or Ctrl-C has stopped the run; it can be resumed.
-    :raises CocoaError: If data, model, teacher or folder cannot be used.
+    :raises CocoaError: If data, model, teacher or folder cannot be used, or another run writes to the folder.
     """
     _check(settings, out)
     request = settings.model_dump(mode="json")
-    earlier = _earlier_run(out, request) if resume else {}
-    if not earlier.get("finished"):
-        _train_stages(settings, request, earlier, out)
-        _record(out, request, finished=True)
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    with only_writer(out, marker=MARKER):
+        earlier = _earlier_run(out, request) if resume else {}
+        if not earlier.get("finished"):
+            _train_stages(settings, request, earlier, out)
+            _record(out, request, finished=True)
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
 def _train_stages(settings: PretrainSettings, request: dict[str, Any], earlier: dict[str, Any], out: Path) -> None:
@@ -121,7 +122,6 @@ def write_backbone(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLPro
 
 def _check(settings: PretrainSettings, out: Path) -> None:
     refuse_checkpoint(out)
-    refuse_foreign_folder(out, marker=MARKER)
     read = (None if settings.data == SCENES else Path(settings.data), settings.held_out)
     refuse_to_overwrite(out, filter(None, (*read, settings.language_model, settings.teacher)))
     if not settings.stages:
