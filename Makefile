@@ -24,10 +24,10 @@ $(INSTALLED): $(UV_READY) pyproject.toml constraints.txt
 	touch $@
 
 test: $(INSTALLED)  ## Run the tests, without those marked slow or gpu
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto
 
 test-all: $(INSTALLED)  ## Run the tests, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not gpu"
+	$(BIN)/pytest -n auto -m "not gpu"
 
 lint: $(INSTALLED)  ## Check style, format and types
 	$(BIN)/ruff check .

@@ -1,12 +1,14 @@
 """A random tiny backbone and a few drawn scenes, for every test that needs a model or data."""
 
 import gc
+import os
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import Command, Result
 from hypothesis import settings
 from tiny_backbones import SCENES, STAGE, TINY_MAX_LENGTH, LoadTiny, MakeRecipe, write_tiny_backbone
@@ -24,8 +26,13 @@ settings.load_profile("cocoa-embed")
 
 
 def pytest_configure() -> None:
-    """Listen to Ctrl-C, which a shell that starts the tests in the background has set to be ignored."""
+    """Listen to Ctrl-C, which a shell that starts the tests in the background ignores, and compute with one thread.
+
+    So small a model is slower with more threads, and one process would add up in another order than two.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 def pytest_collection_finish() -> None:

@@ -108,7 +108,7 @@ def launch(recipe: Recipe, folder: Path, *options: str, **environment: str) -> s
     return subprocess.run(
         [sys.executable, "run.py", "recipe.yaml", "--out", "out", *options],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
+        env={**os.environ, "PYTHONPATH": paths, **environment},
         capture_output=True,
         text=True,
         timeout=400,

@@ -1,6 +1,5 @@
 """Two processes over gloo take turns, and give up on each other sooner while they train."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +44,6 @@ def test_processes_take_turns_and_give_up_on_one_that_hangs_in_training(tmp_path
     launched = subprocess.run(
         command,
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
