@@ -1,5 +1,7 @@
 """The cache folder, output folders that never replace other files, and atomic writes of files."""
 
+import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,11 +21,13 @@ RUN_MARKER = ".cocoa-run"
 LOCK_FILE = ".cocoa-writing"
 """In an output folder while a run writes to it, and after a kill."""
 
-LOCK_PATIENCE = 10.0
-"""Seconds to wait for another run: the data loaders of a killed one hold its lock until they notice."""
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})
+"""The errors of file systems without locks, such as some network ones."""
 
 SCRATCH_SUFFIX = ".new"
 """The suffix of a file that is not complete yet."""
+
+logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
@@ -72,18 +76,22 @@ def refuse_checkpoint(out: Path) -> None:
 def only_writer(folder: Path, *, marker: str) -> Iterator[None]:
     """Keep other runs from writing to ``folder``, which is created if needed, until the end of the block.
 
+    A killed run keeps nobody out. On a file system without locks, a warning says that nothing keeps others out.
+
     :raises CocoaError: If another run writes to it, it holds something else, or it cannot be written.
     """
     refuse_foreign_folder(folder, marker=marker)
     is_new, file = not folder.exists(), folder / LOCK_FILE
-    lock = FileLock(file, timeout=LOCK_PATIENCE)
+    lock = FileLock(file, blocking=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise CocoaError(f"another run is writing to {folder}; wait for it, or give another folder.") from error
     except OSError as error:
-        raise CocoaError(f"{folder} cannot be written ({error.strerror}); give another folder.") from error
+        if error.errno not in NO_LOCKS:
+            raise CocoaError(f"{folder} cannot be written ({error.strerror}); give another folder.") from error
+        logger.warning("%s is on a file system without locks; see to it that no other run writes to it", folder)
     try:
         yield
     finally:

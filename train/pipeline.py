@@ -51,7 +51,7 @@ MERGED_ROWS = 16
 Inspect = Callable[[str, Trainer], None]
 
 
-def run(recipe: Recipe, out: Path, *, resume: bool = False, inspect: Inspect | None = None) -> list[StageResult]:
+def run(recipe: Recipe, out: str | Path, *, resume: bool = False, inspect: Inspect | None = None) -> list[StageResult]:
     """Run the stages of ``recipe`` in order; each writes a checkpoint to ``out/<stage>``.
 
     Every process that a launcher has started calls this; the first one checks, writes and prints. Without ``resume``,
@@ -68,6 +68,7 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False, inspect: Inspect | N
         finite.
     """
     refuse_idle_accelerators()
+    out = Path(out)
     with ExitStack() as stack:
 
         def lock_and_prepare() -> Prepared:

@@ -134,7 +134,7 @@ class DataSettings(SourceSettings):
         can use, so that subsets keep their proportions.
     """
 
-    subsets: dict[str, SourceSettings] | None = None
+    subsets: dict[str, SourceSettings] | None = Field(None, min_length=1)
     max_rows: Positive | None = None
     on_bad_row: OnBadRow = "stop"
 

@@ -91,8 +91,7 @@ class CaptionRun:
     def __post_init__(self) -> None:
         self.pictures = list(self._find_pictures())
         journal = self.out / JOURNAL
-        lines = journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else []  # a kill may cut off the last line
-        self._entries = {entry["file_name"]: entry for entry in map(json.loads, lines)}
+        self._entries = _entries(journal.read_bytes() if journal.is_file() else b"")
 
     @property
     def remaining(self) -> list[Picture]:
@@ -132,9 +131,10 @@ class CaptionRun:
             stack.enter_context(only_writer(self.out, marker=JOURNAL))
             with self._writing():
                 journal = stack.enter_context((self.out / JOURNAL).open("ab+", buffering=0))
-                # Remove the half of a line that a kill may have left.
                 journal.seek(0)
-                journal.truncate(journal.read().rfind(b"\n") + 1)
+                content = journal.read()  # again: another run may have written since
+                journal.truncate(content.rfind(b"\n") + 1)
+            self._entries = _entries(content)
             try:
                 yield from self._caption(journal)
             finally:
@@ -276,6 +276,11 @@ class CaptionRun:
             "caption_source": self.writer.name,
             "caption_prompts": [*entry["captions"].values()] if self.writer.follows_prompts else [],
         }
+
+
+def _entries(journal: bytes) -> dict[str, dict[str, Any]]:
+    """Return the entries of a journal by file name; a kill may have cut off the last line."""
+    return {entry["file_name"]: entry for entry in map(json.loads, journal.split(b"\n")[:-1])}
 
 
 def _json(row: dict[str, Any]) -> str:

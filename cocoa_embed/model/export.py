@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules.pooling import PoolingMo
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
-from cocoa_embed.folders import claim_folder, refuse_checkpoint
+from cocoa_embed.folders import claim_folder, only_writer, refuse_checkpoint
 from cocoa_embed.model.attention import TRANSFORMERS_FLOOR, assert_bidirectional, is_causal
 from cocoa_embed.model.card import matryoshka_dimensions, model_card
 from cocoa_embed.model.families.registry import family_of_images
@@ -138,10 +138,16 @@ def save_sentence_transformer(model: SentenceTransformer, out: Path, training: d
     A model of several vectors is written as a ``MultiVectorEncoder``.
 
     :param training: The training record, written to ``TRAINING_FILE`` and shown in the model card.
-    :raises CocoaError: If ``out`` holds something else, or is a checkpoint of a run.
+    :raises CocoaError: If ``out`` holds something else, is a checkpoint of a run, or another export writes to it.
     """
     refuse_checkpoint(out)
-    claim_folder(out, marker=TRAINING_FILE)
+    with only_writer(out, marker=TRAINING_FILE):
+        claim_folder(out, marker=TRAINING_FILE)
+        _write_model(model, out, training)
+    return out
+
+
+def _write_model(model: SentenceTransformer, out: Path, training: dict[str, Any]) -> None:
     transformer = model[0]
     assert isinstance(transformer, Transformer)
     base_model = transformer.model
@@ -161,7 +167,6 @@ def save_sentence_transformer(model: SentenceTransformer, out: Path, training: d
         training = {**training, "vectors": vectors}
     write_training(out, training)
     (out / "README.md").write_text(model_card(out.resolve().name, model, training), encoding="utf-8")
-    return out
 
 
 def as_multi_vector_encoder(transformer: Transformer, prompts: Mapping[str, str | None]) -> MultiVectorEncoder:
@@ -240,13 +245,14 @@ def _rewrite(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def export_model(checkpoint: Path, out: Path, vectors: int | None = None) -> Path:
+def export_model(checkpoint: str | Path, out: str | Path, vectors: int | None = None) -> Path:
     """Export the checkpoint of any stage to ``out``, a folder that plain sentence-transformers loads.
 
     :param vectors: 1 exports only the first vector of a model of several, as a ``SentenceTransformer``; None, all.
     :raises CocoaError: If ``checkpoint`` is not a checkpoint, or ``out`` holds something else.
     :raises UsageError: If ``vectors`` is neither 1 nor the checkpoint's number of vectors.
     """
+    checkpoint, out = Path(checkpoint), Path(out)
     training = read_training(checkpoint)
     recipe = training["recipe"]
     if vectors not in (None, 1, found := vectors_of(training)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -89,8 +90,13 @@ class QdrantIndexer(Searcher):
             invalid, or if a loaded model is given with options for loading one.
         :raises MissingExtraError: If a package that the location needs is not installed.
         """
-        own = ("self", "model", "client", "model_options", "__class__")
-        given = {**{name: value for name, value in locals().items() if name not in own}, **model_options}
+        if client is None and url is None and edge is None:
+            path = path or DEFAULT_INDEX
+        given = {name: value for name, value in locals().items() if name not in ("self", "model", "client")}
+        given |= given.pop("model_options")
+        for place in ("path", "edge"):
+            if given[place] is not None:  # the working folder may be another when it is opened
+                given[place] = os.path.abspath(given[place])
         self._settings = None if client is not None or str(path) == MEMORY else given
         for name, number in {"batch_size": batch_size, "dimension": dimension}.items():
             if number is not None and number < 1:
@@ -101,8 +107,6 @@ class QdrantIndexer(Searcher):
         ignored = [name for name, value in loading.items() if value not in (None, False)]
         if ignored and not (model is None or isinstance(model, (str, Path))):
             raise UsageError(f"{', '.join(ignored)}: only for a model given by its name; this one is loaded already")
-        if client is None and url is None and edge is None:
-            path = path or DEFAULT_INDEX
         options = StoreOptions(api_key=api_key, prefer_grpc=prefer_grpc, **read_create(create))
         self.store: Store = open_store(
             client=client, path=path, url=url, edge=edge, collection=collection, options=options

@@ -22,6 +22,9 @@ MTIME_TOLERANCE = 1e-6
 LOCATION_KEYS = ("paths", "relative_paths", "mtimes")
 """The payload keys of the files that hold the content: parallel lists."""
 
+HELD_KEYS = ("sha256", *LOCATION_KEYS, "shard")
+"""The payload keys that say where the images of a point are."""
+
 REVISION = "revision"
 """The payload key that counts the changes of a stored point."""
 
@@ -130,6 +133,15 @@ def stored_locations(stored: Mapping[str, Any]) -> list[FileLocation]:
     """Return the locations in a payload; none if another program wrote it."""
     columns = [stored.get(key) or [] for key in LOCATION_KEYS]
     return [FileLocation(*row) for row in zip(*columns, strict=False)]
+
+
+def own_locations(id_: str, stored: Mapping[str, Any]) -> list[FileLocation]:
+    """Return the locations of a point of the indexer, by id and payload with at least ``HELD_KEYS``.
+
+    A point that another program wrote has none, even if it has a copy of a payload, as a LlamaIndex node may that was
+    made from a search hit.
+    """
+    return stored_locations(stored) if id_ == point_id(str(stored.get("sha256"))) else []
 
 
 def with_node_fields(fields: Payload) -> Payload:

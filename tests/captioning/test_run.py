@@ -189,6 +189,14 @@ def test_a_killed_process_loses_at_most_the_images_at_work(blank: Path) -> None:
     assert len(read_image_folder(blank.parent / "out")) == 7
 
 
+def test_a_run_asks_for_nothing_that_another_has_written_since_it_was_planned(blank: Path) -> None:
+    planned = caption_run(blank, writer := Namer())
+    assert planned.plan()["to_caption"] == 7
+    assert sum(caption_run(blank, Namer()).caption()) == 7
+    assert sum(planned.caption()) == 0
+    assert (writer.images, planned.summary["captioned"]) == (0, 7)
+
+
 def test_changed_images_and_other_settings_are_captioned_again(blank: Path) -> None:
     list(caption_run(blank, Namer()).caption())
     Image.new("RGB", (90, 5)).save(blank / "1.png")

@@ -11,15 +11,11 @@ from cocoa_embed.captioning.run import JOURNAL
 from cocoa_embed.demo.pretrain.run import MARKER, pretrain
 from cocoa_embed.demo.pretrain.settings import read_settings
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.folders import RUN_MARKER, only_writer
+from cocoa_embed.folders import LOCK_FILE, RUN_MARKER, only_writer
+from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train import Recipe
 
 REFUSED = "another run is writing to"
-
-
-@pytest.fixture(autouse=True)
-def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cocoa_embed.folders.LOCK_PATIENCE", 0)
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
@@ -39,6 +35,12 @@ def test_a_plan_is_made_while_the_run_writes(
     recipe.write_text(small_recipe.model_dump_json(exclude_unset=True))
     with only_writer(copy, marker=RUN_MARKER):
         assert command("train", recipe, "--out", copy, "--dry-run", "--resume").status == 0
+
+
+def test_export(command: Command, copy: Path, tmp_path: Path) -> None:
+    with only_writer(tmp_path / "model", marker=TRAINING_FILE):
+        assert REFUSED in command("export", copy / "bridge", tmp_path / "model").error()
+        assert set(contents(tmp_path / "model")) == {LOCK_FILE}
 
 
 def test_caption(command: Command, scene_folder: Path, tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
+import errno
+import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 from exported import contents
-from filelock import FileLock
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.folders import LOCK_FILE, claim_folder, only_writer, refuse_foreign_folder, write_atomically
@@ -64,8 +64,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, other: st
     assert contents(tmp_path) == {other: b"mine"}
 
 
-def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cocoa_embed.folders.LOCK_PATIENCE", 0)
+def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with only_writer(folder, marker=MARKER):
         claim_folder(folder, marker=MARKER)
@@ -80,31 +79,37 @@ def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path: Path, mo
         assert set(contents(folder)) == {MARKER, LOCK_FILE}
 
 
-def test_a_writer_waits_for_the_data_loaders_of_a_killed_one(tmp_path: Path) -> None:
-    lock = FileLock(tmp_path / LOCK_FILE, thread_local=False)
-    lock.acquire()
-    thread = threading.Timer(0.3, lock.release)
-    thread.start()
-    with only_writer(tmp_path, marker=MARKER):
-        assert not lock.is_locked
-    thread.join()
-
-
-def test_a_killed_writer_holds_nothing_and_its_lock_file_is_not_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cocoa_embed.folders.LOCK_PATIENCE", 0)
+def test_a_killed_writer_keeps_nobody_out_even_if_a_data_loader_outlives_it(tmp_path: Path) -> None:
     code = f"""
-import os, signal
+import os, signal, time
 from pathlib import Path
 from cocoa_embed.folders import only_writer
 with only_writer(Path({str(tmp_path)!r}), marker={MARKER!r}):
-    os.kill(os.getpid(), signal.SIGKILL)
+    if child := os.fork():
+        print(child, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(1)
+    time.sleep(60)
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    killed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
     assert set(contents(tmp_path)) == {LOCK_FILE}, "the premise: it was killed while it held the lock"
-    with only_writer(tmp_path, marker=MARKER):
-        claim_folder(tmp_path, marker=MARKER)
+    try:
+        with only_writer(tmp_path, marker=MARKER):
+            claim_folder(tmp_path, marker=MARKER)
+    finally:
+        os.kill(int(killed.stdout), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_written_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(code, "no locks")))
+    with only_writer(tmp_path / "out", marker=MARKER):
+        claim_folder(tmp_path / "out", marker=MARKER)
+    assert set(contents(tmp_path / "out")) == {MARKER}
+    assert "out is on a file system without locks" in caplog.text
 
 
 def test_a_writer_that_writes_nothing_leaves_the_folder_as_it_was(tmp_path: Path) -> None:

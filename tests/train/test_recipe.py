@@ -82,6 +82,7 @@ def test_a_recipe_takes_the_rest_from_the_method(recipe_file: Path) -> None:
         *((f"bridge.epochs={text}", f"'{text}': input should be a finite number") for text in ("inf", "nan")),
         ("data.weight=.inf", "data.weight = inf: input should be a finite number"),
         ("data.streaming=true", "unknown key 'data.streaming'"),
+        ("data.subsets={}", "data.subsets = {}: dictionary should have at least 1 item"),
         ("bridge.steps=[1", "Override 'bridge.steps=[1': '[1' is not a YAML value"),
     ],
 )

@@ -83,10 +83,13 @@ def read_rows(
     usable = {name: some[~broken[some]] for name, some in rows.items()}
     weighted = {name: weigh(some, sources[name].weight, seed=seed, subset=name) for name, some in usable.items()}
     for name, some in weighted.items():
+        if not len(usable[name]):
+            asked = f" with captions={sources[name].captions}" if sources[name].folder else ""
+            raise CocoaError(f"Subset {name!r} has no usable row{asked}; give it other data, or leave it out.")
         if not len(some):
             raise CocoaError(
                 f"Subset {name!r} has {len(usable[name])} usable rows, and its weight {sources[name].weight} "
-                "leaves none of them; give it more usable rows or, if it has some, a larger weight."
+                "leaves none of them; give it more usable rows or a larger weight."
             )
     mixed = read.table.select(np.concatenate(list(weighted.values())))
     return ReadRows(mixed, bad, checked.sizes, checked.unchecked)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cocoa_embed.integrations.qdrant.indexing.merge import BATCH_CHANGES, Change, Merger
-from cocoa_embed.integrations.qdrant.points import LOCATION_KEYS, is_in_shard, shards_of, stored_locations
+from cocoa_embed.integrations.qdrant.points import HELD_KEYS, is_in_shard, own_locations, shards_of
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Source, is_below, storable
 from cocoa_embed.sources.open import local_path
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 MAX_PRUNED = 0.3
 """The fraction of a source's points that a run may prune unless it should prune all; one point may always go."""
-
-HELD_KEYS = (*LOCATION_KEYS, "shard")
-"""The payload keys that say where the images of a point are."""
 
 NO_FILES = frozenset({"lost+found"})
 """The entries of a file system without files."""
@@ -54,7 +51,7 @@ class Pruning:
     def find(self, store: Store, *, even_doubtful: bool) -> Iterator[tuple[str, str, list[int]]]:
         """Yield the id and the path of each image that no longer exists, and the sources that cover it."""
         for id_, payload in store.scan(HELD_KEYS):
-            paths = [each.path for each in stored_locations(payload)]
+            paths = [each.path for each in own_locations(id_, payload)]
             covering = {path: self._covering(path, shards_of(payload)) for path in paths}
             self.totals.update({i for numbers in covering.values() for i in numbers})
             deleted = []
@@ -159,7 +156,7 @@ def forget(store: Store, manifest: Manifest, paths: Sequence[str | Path]) -> For
     while page := list(islice(points, BATCH_CHANGES)):
         changes: dict[str, Change] = {}
         for id_, payload in page:
-            held = {each.path for each in stored_locations(payload)}
+            held = {each.path for each in own_locations(id_, payload)}
             named = {path: names.keys() & keys_of(path, shards_of(payload)) for path in held}
             images.update(name for keys in named.values() for key in keys for name in names[key])
             if removed := {path for path, keys in named.items() if keys}:

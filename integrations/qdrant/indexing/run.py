@@ -27,7 +27,7 @@ from cocoa_embed.integrations.qdrant.indexing.merge import DESCRIPTION_KEYS, Cha
 from cocoa_embed.integrations.qdrant.indexing.prune import prune_deleted
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
 from cocoa_embed.integrations.qdrant.indexing.writer import Batch, Writer
-from cocoa_embed.integrations.qdrant.points import LOCATION_KEYS, Payload, is_in_shard, is_same_json, stored_locations
+from cocoa_embed.integrations.qdrant.points import HELD_KEYS, Payload, is_in_shard, is_same_json, own_locations
 from cocoa_embed.integrations.qdrant.stores.base import IMAGE, NewVector, with_any_of
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Record, Shard, Source, storable
@@ -224,8 +224,8 @@ class IndexRun:
 
     def _prune_shard(self, shard: str, seen: set[str]) -> None:
         key = storable(shard)
-        for id_, payload in self.store.scan(LOCATION_KEYS, with_any_of("shard", [key])):
-            for path in (each.path for each in stored_locations(payload)):
+        for id_, payload in self.store.scan(HELD_KEYS, with_any_of("shard", [key])):
+            for path in (each.path for each in own_locations(id_, payload)):
                 if is_in_shard(path, key) and path not in seen:
                     self._detach(id_, path, shard)
                     self.pruned += 1
@@ -263,7 +263,7 @@ class IndexRun:
         while group := list(islice(records, LOOKUP_RECORDS)):
             points: dict[str, list[NamedPoint]] = {storable(record.key): [] for record in group}
             for id_, payload in self.store.by_paths([*points]).items():
-                point = NamedPoint(id_, payload, {each.path: each for each in stored_locations(payload)})
+                point = NamedPoint(id_, payload, {each.path: each for each in own_locations(id_, payload)})
                 for path in points.keys() & point.locations.keys():
                     points[path].append(point)
             for record in group:

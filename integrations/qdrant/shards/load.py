@@ -11,7 +11,7 @@ from typing import NoReturn
 from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint
 from cocoa_embed.integrations.qdrant.indexing.merge import Merger
 from cocoa_embed.integrations.qdrant.indexing.writer import Writer
-from cocoa_embed.integrations.qdrant.points import is_in_shard, shards_of, stored_locations
+from cocoa_embed.integrations.qdrant.points import is_in_shard, own_locations, shards_of, stored_locations
 from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
 from cocoa_embed.integrations.qdrant.stores.base import Point
 from cocoa_embed.integrations.qdrant.stores.store import Store
@@ -72,7 +72,7 @@ def load_group(points: Sequence[Point], store: Store, writer: Writer) -> None:
     holders: dict[str, dict[str, float]] = {}
     paths = [each.path for point in points for each in stored_locations(point.payload)]
     for id_, payload in store.by_paths(paths).items():
-        for each in stored_locations(payload):
+        for each in own_locations(id_, payload):
             holders.setdefault(each.path, {})[id_] = each.mtime
     for point in points:
         records, late = records_of(point), set[str]()

@@ -63,9 +63,9 @@ class EdgeStore(Store):
 
     def __init__(self, folder: Path, collection: str, options: StoreOptions) -> None:
         """Name a folder and a shard."""
-        super().__init__(printable(folder), collection, options, str(folder.absolute()))
-        self._folder = folder
-        self._shard_folder = folder / collection
+        self._folder = folder.absolute()  # it is opened later, maybe in another working folder
+        super().__init__(printable(folder), collection, options, str(self._folder))
+        self._shard_folder = self._folder / collection
         self._last_flush = 0.0
 
     def collections(self) -> list[str]:

@@ -96,8 +96,8 @@ class LocalStore(InMemoryStore):
 
     def __init__(self, location: str, collection: str, options: StoreOptions, *, path: Path) -> None:
         """Name a folder and a collection."""
-        super().__init__(location, collection, options, str(path.absolute()))
-        self._path = path
+        self._path = path.absolute()  # it is opened later, maybe in another working folder
+        super().__init__(location, collection, options, str(self._path))
 
     def create(self, signature: Signature) -> None:
         """Create the collection with its signature, and the folder if needed."""

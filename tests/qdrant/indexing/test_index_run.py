@@ -6,6 +6,7 @@ import resource
 import shutil
 import threading
 import tracemalloc
+import uuid
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -311,3 +312,22 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
     assert index.index(tmp_path, progress=False).indexed == 3_000
     tracemalloc.stop()
     assert (memory[40] - memory[10]) / (30 * writer.BATCH_POINTS) < 150, "bytes per file"
+
+
+@pytest.mark.usefixtures("few_payload_indexes")
+@pytest.mark.parametrize("location", ["path", "edge"])
+def test_points_of_others_with_a_copied_payload_are_left_alone(tmp_path: Path, location: str) -> None:
+    """As LlamaIndex writes them for ``TextNode(text=summary, metadata=hit.node.metadata)``."""
+    (tmp_path / "pictures").mkdir()
+    colour_image("red").save(tmp_path / "pictures" / "red.bmp")
+    with QdrantIndexer(FakeModel(), **{location: tmp_path / "index"}) as indexer:
+        indexer.index(tmp_path / "pictures", progress=False)
+        ((_, payload),) = indexer.store.scan(None)
+        other, note = str(uuid.uuid4()), {**payload, "_node_content": "{}", "_node_type": "TextNode"}
+        indexer.store.insert([Point(other, np.ones(48, np.float32), note)])
+        again = indexer.index(tmp_path / "pictures", prune=True, progress=False)
+        assert (again.unchanged, again.replaced, again.pruned) == (1, 0, 0)
+        (tmp_path / "pictures" / "red.bmp").unlink()
+        assert indexer.index(tmp_path / "pictures", prune_all=True, progress=False).pruned == 1
+        assert indexer.forget(tmp_path / "pictures").deleted == 0
+        assert [id_ for id_, _ in indexer.store.scan([])] == [other]

@@ -1,6 +1,7 @@
 """Index and search: counts and payloads, hits, and collections that are refused."""
 
 import json
+import pickle
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -316,6 +317,29 @@ class TestSearch:
         assert {hits[0].path for hits in found} == {str(album.folder / "blue.png")}
         assert album.run() == (0, 4, 0, 0, 0)
         album.index.close()
+
+
+@pytest.mark.usefixtures("few_payload_indexes")
+def test_an_unpickled_indexer_opens_its_collection_from_another_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_colours(tmp_path / "pictures", "red")
+    (tmp_path / "fake").mkdir()
+    for file in ("modules.json", "model.safetensors"):
+        (tmp_path / "fake" / file).touch()
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", lambda *_, **__: FakeModel())
+    monkeypatch.chdir(tmp_path)
+    for settings in ({}, {"path": "mine", "batch_size": 7}, {"edge": "shards", "collection": "other"}):
+        with QdrantIndexer(tmp_path / "fake", **settings) as indexer:
+            indexer.index("pictures", progress=False)
+            pickled = pickle.dumps(indexer)
+        monkeypatch.chdir("/")
+        with pickle.loads(pickled) as again:
+            assert [Path(hit.path).name for hit in again.search("red")] == ["red.png"]
+            assert (again.batch_size, again.store.collection) == (indexer.batch_size, indexer.store.collection)
+        with indexer:
+            assert len(indexer.search("red")) == 1
+        monkeypatch.chdir(tmp_path)
 
 
 class TestModels:

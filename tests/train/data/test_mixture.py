@@ -146,3 +146,9 @@ def test_a_weight_that_leaves_no_row_is_named(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.csv", 4).model_copy(update={"weight": 0.1})
     with pytest.raises(CocoaError, match=r"Subset 'few' has 4 usable rows.* 0\.1"):
         read({"few": source})
+
+
+def test_a_subset_without_a_usable_row_is_named(scene_folder: Path) -> None:
+    sources = {"asked": SourceSettings(folder=scene_folder, captions="questions")}
+    with pytest.raises(CocoaError, match=r"Subset 'asked' has no usable row with captions=questions; give it other"):
+        read(sources)
