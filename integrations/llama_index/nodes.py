@@ -18,12 +18,13 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import BaseNode, ImageNode, ImageType, MetadataMode, Node, NodeWithScore, TextNode
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
 
-from cocoa_embed.errors import CocoaError, ImageError
-from cocoa_embed.images.load import ImageSource, load_image
+from cocoa_embed.errors import CocoaError, ImageError, UsageError, printable
+from cocoa_embed.images.load import ImageSource, decode_image, load_image, read_image_source
 from cocoa_embed.images.to_rgb import draw_thumbnail
-from cocoa_embed.integrations.qdrant.points import plain_payload, with_node_fields
+from cocoa_embed.images.urls import shown_address
+from cocoa_embed.integrations.qdrant.points import plain_payload, point_id, with_node_fields
 from cocoa_embed.sources.files import is_deleted
-from cocoa_embed.sources.keys import load_key, read_key
+from cocoa_embed.sources.keys import read_key
 
 if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant.indexer import Hit
@@ -35,6 +36,9 @@ CHAT_PIXELS = 1536
 PATH_KEYS = ("path", "image_path")
 TEXT_KEYS = ("caption", "text", "page_content")
 """The payload keys of a path and a text: the indexer's, those of LlamaIndex's older stores and of LangChain."""
+
+LONGEST_PATH = 4096
+"""Characters of a path; what is longer, such as base64, is not looked up, and not repeated in errors."""
 
 URL_SAFE = str.maketrans("-_", "+/")
 """Maps the characters of URL-safe base64 to those of standard base64."""
@@ -72,20 +76,58 @@ def image_of(node: BaseNode) -> str | BytesIO | None:
 
 
 def load_source(source: ImageSource, allowed_hosts: Sequence[str]) -> ImageSource:
-    """Load an image given by its path or address (``read_key``); return an image of any other form unchanged.
+    """Load an image given as a text, as ``read_source`` reads it; return one of any other form unchanged.
 
-    :param allowed_hosts: The hosts from which images may be fetched, as for ``Fetcher``.
     :raises ImageError: If it cannot be used.
     """
-    if not isinstance(source, str | Path) or str(source)[:5].lower() == "data:":
+    if not isinstance(source, str | Path):
         return source
-    return load_key(str(source), allowed_hosts)
+    name, data = read_source(source, allowed_hosts)
+    return decode_image(data, name)[0]
+
+
+def read_source(source: ImageSource, allowed_hosts: Sequence[str]) -> tuple[str, bytes]:
+    """Return the name of an image for errors, and the bytes of its file.
+
+    :param source: A path or an address (``read_key``), a ``data:`` URI, or the bytes; no PIL image.
+    :param allowed_hosts: The hosts from which images may be fetched, as for ``Fetcher``.
+    :raises ImageError: If it cannot be read.
+    :raises UsageError: If it is something else.
+    """
+    if not isinstance(source, str | Path | bytes | BytesIO):
+        kind = type(source).__name__
+        raise UsageError(f"the image is a {kind}; give one image: a path, an address, bytes, or a PIL image")
+    if not isinstance(source, str | Path) or str(source)[:5].lower() == "data:":
+        data, name = read_image_source(source)
+        return name, data
+    key = str(source)
+    if len(key) > LONGEST_PATH and "://" not in key:
+        reason = f"has {len(key)} characters and is no path; give base64 as ImageNode(image=...) or as a data: URI"
+        raise ImageError(f"{printable(key[:40])}...", reason)
+    return shown_address(key) if "://" in key else printable(key), read_key(key, allowed_hosts)
 
 
 def text_of(node: BaseNode) -> str:
     """Return the text that is embedded with a node's image: its own text and its metadata; empty if it has no text."""
     has_text = isinstance(node, (TextNode, Node)) and node.get_content(MetadataMode.NONE).strip()
     return node.get_content(MetadataMode.EMBED) if has_text else ""
+
+
+def refuse_other_media(node: BaseNode) -> None:
+    """Refuse a node without an image that has no text either, but is not a text: an image that is missing, or a sound.
+
+    A text may be empty, as a blank page is.
+
+    :raises CocoaError: If it is one.
+    """
+    is_text = not isinstance(node, ImageNode) and not (
+        isinstance(node, Node) and (node.image_resource or node.audio_resource or node.video_resource)
+    )
+    if not is_text and not text_of(node):
+        raise CocoaError(
+            f"node {node.node_id} ({node.class_name()}) holds neither an image nor a text, and nothing else can be"
+            " embedded; give it one, or leave it out"
+        )
 
 
 def refuse_binary(text: str) -> None:
@@ -116,10 +158,12 @@ class StoredImage(ImageNode):
     def resolve_image(self) -> ImageType:
         """Return the path of the image if it is a file, or else its bytes, or those of its thumbnail.
 
-        :raises ImageError: If neither can be read.
+        :raises ImageError: If none can be read.
         """
-        if self.image is not None or os.path.isfile(self.image_path or ""):
-            return super().resolve_image()
+        if self.image and (source := image_of(self)) is not None:
+            return BytesIO(read_image_source(source)[0])
+        if self.image_path and os.path.isfile(self.image_path):
+            return self.image_path
         try:
             return BytesIO(read_key(self.image_path or self.image_url or "", self._allowed_hosts))
         except ImageError:
@@ -136,7 +180,7 @@ class StoredImage(ImageNode):
         blocks: list[BaseContentBlock] = [TextBlock(text=text)] if text else []
         try:
             data = draw_thumbnail(load_image(self.resolve_image()), CHAT_PIXELS)
-        except (ImageError, ValueError) as error:  # ValueError: the data of the node are not base64
+        except ImageError as error:
             logger.warning("%s; a chat model is not shown the image", error)
             return blocks
         return [*blocks, ImageBlock(image=data, image_mimetype="image/jpeg")]
@@ -167,6 +211,8 @@ def own_node(hit: Hit) -> BaseNode | None:
     fields: dict[str, Any] = {"caption": None, "metadata": {}, **plain_payload(hit.payload), "path": hit.path}
     if not all(isinstance(fields.get(key), str) for key in ("path", "sha256", "mime")):
         return None
+    if hit.id != point_id(fields["sha256"]):  # the metadata of another program's node may have these keys too
+        return None
     node = stored_node(with_node_fields(fields))
     if isinstance(node, ImageNode):
         thumbnail = str(fields.get("thumbnail") or "")
@@ -182,11 +228,12 @@ def stored_node(payload: dict[str, Any]) -> BaseNode | None:
     """
     try:
         fields = json.loads(payload["_node_content"])
+        if not (fields.get("text_resource") or {}).get("text"):
+            fields.pop("text_resource", None)  # a TextNode does not take one without a text
         image = fields.get("image_resource") or {}
         if not (image.get("path") or image.get("url")):
-            return metadata_dict_to_node(payload)
-        text = (fields.get("text_resource") or {}).get("text")
-        return ImageNode(**{**fields, "text": text or "", "image_resource": image})
+            return metadata_dict_to_node({**payload, "_node_content": json.dumps(fields)})
+        return ImageNode(**fields)
     except (LookupError, ValueError, TypeError, AttributeError):
         return None  # other programs may store anything under this key
 

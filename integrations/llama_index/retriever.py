@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.base_multi_modal_retriever import MultiModalRetriever
 from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
-from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle, QueryType
+from llama_index.core.schema import BaseNode, ImageNode, NodeWithScore, QueryBundle, QueryType
 from llama_index.core.vector_stores import MetadataFilters
 
+from cocoa_embed.errors import UsageError
 from cocoa_embed.integrations.llama_index.filters import to_condition
 from cocoa_embed.integrations.llama_index.nodes import load_source, to_node
-from cocoa_embed.integrations.qdrant.searching.conditions import Condition, Not, OneOf
+from cocoa_embed.integrations.qdrant.searching.conditions import Condition, Exists, Not, OneOf
+from cocoa_embed.integrations.qdrant.stores.base import MAX_DIVERSE_HITS, MAX_HITS
 
 if TYPE_CHECKING:
     from qdrant_client import models
 
     from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 
-TEXT_NODES = OneOf("_node_type", ("TextNode", "Document", "IndexNode"))
-"""The points of texts that LlamaIndex wrote."""
+NODE_TYPE = "_node_type"
+"""The payload key of a node's class. Whether a ``Node`` or a ``Document`` is an image, only its content says."""
+ALWAYS_TEXTS = OneOf(NODE_TYPE, ("TextNode", "IndexNode"))
+ALWAYS_IMAGES = OneOf(NODE_TYPE, ("ImageNode", "ImageDocument"))
 
 
 class CocoaRetriever(MultiModalRetriever):
     """Retrieve the images of a collection by text, by image (``QueryBundle.image_path``), or by both.
 
     The collection may be on a server, in a local folder, or in Qdrant Edge; LlamaIndex's own store does not read Edge.
-    Several texts in ``custom_embedding_strs`` are one query, joined by newlines. An ``embedding`` in the query is
-    ignored: LlamaIndex's retrievers leave the embeddings of other models there. It has the methods of LlamaIndex's
-    ``MultiModalVectorIndexRetriever``. A pickled retriever opens its collection again at use.
-    Its image nodes are ``StoredImage``s, which show a chat model image and caption, even if the image is not a file of
-    its own (``report.pdf#page=3``, ``a.tar#0.jpg``, ``s3://...``).
+    Of several texts in ``custom_embedding_strs``, as of HyDE, it takes the mean of the embeddings, as LlamaIndex does.
+    An ``embedding`` in the query is ignored: LlamaIndex's retrievers leave the embeddings of other models there. It has
+    the methods of LlamaIndex's ``MultiModalVectorIndexRetriever``. A pickled retriever opens its collection again at
+    use. Its image nodes are ``StoredImage``s, which show a chat model image and caption, even if the image is not a
+    file of its own (``report.pdf#page=3``, ``a.tar#0.jpg``, ``s3://...``).
     """
 
     def __init__(
@@ -59,8 +63,14 @@ class CocoaRetriever(MultiModalRetriever):
         :param vectors: For a model of several vectors, how many of the query's vectors rescore the best nodes.
         :param allowed_hosts: The hosts from which the images of queries and of nodes may be fetched.
         :param kwargs: Options of LlamaIndex's ``BaseRetriever``, such as ``callback_manager``.
-        :raises UsageError: If a filter's value does not fit its operator or its field.
+        :raises UsageError: If a filter's value does not fit its operator or its field, or ``indexer`` is not one.
         """
+        from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
+
+        if not isinstance(indexer, QdrantIndexer):
+            raise UsageError(f"indexer is a {type(indexer).__name__}; give QdrantIndexer(embedding.encoder, ...)")
+        if isinstance(allowed_hosts, str):
+            raise UsageError(f"allowed_hosts is the text {allowed_hosts!a}; give a list, as in [{allowed_hosts!a}]")
         super().__init__(**kwargs)
         self._indexer = indexer
         self.similarity_top_k = similarity_top_k
@@ -73,7 +83,8 @@ class CocoaRetriever(MultiModalRetriever):
 
     def text_retrieve(self, str_or_query_bundle: QueryType) -> list[NodeWithScore]:
         """Retrieve the texts that LlamaIndex stored in the collection, by text."""
-        return self._search(as_bundle(str_or_query_bundle), self.similarity_top_k, TEXT_NODES)
+        conditions = Exists(NODE_TYPE), Not(ALWAYS_IMAGES)
+        return self._search(as_bundle(str_or_query_bundle), self.similarity_top_k, *conditions, keep=is_text)
 
     def text_to_image_retrieve(self, str_or_query_bundle: QueryType) -> list[NodeWithScore]:
         """Retrieve images by text."""
@@ -104,9 +115,8 @@ class CocoaRetriever(MultiModalRetriever):
 
     def _retrieve_images(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         indexes = self._indexer.store.payload_indexes()  # None: a filter may be on any field
-        is_filterable = indexes is None or TEXT_NODES.path in indexes
-        found = self._search(query_bundle, self.image_similarity_top_k, *([Not(TEXT_NODES)] if is_filterable else []))
-        return [each for each in found if isinstance(each.node, ImageNode)]
+        conditions = [Not(ALWAYS_TEXTS)] if indexes is None or NODE_TYPE in indexes else []
+        return self._search(query_bundle, self.image_similarity_top_k, *conditions, keep=is_image)
 
     async def _aretrieve_images(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve_images, query_bundle)
@@ -114,18 +124,45 @@ class CocoaRetriever(MultiModalRetriever):
     _text_to_image_retrieve = _image_to_image_retrieve = _retrieve_images
     _atext_to_image_retrieve = _aimage_to_image_retrieve = _aretrieve_images
 
-    def _search(self, query: QueryBundle, limit: int, *conditions: Condition) -> list[NodeWithScore]:
-        image = query.image_path
-        hits = self._indexer.search(
-            "\n".join(query.embedding_strs) or None,
-            None if image is None else load_source(image, self.allowed_hosts),
-            limit=limit,
-            score_threshold=self.score_threshold,
-            query_filter=[*conditions, *([] if self.query_filter is None else [self.query_filter])],
-            diversity=self.diversity,
-            vectors=self.vectors,
-        )
-        return [to_node(hit, self.allowed_hosts) for hit in hits]
+    def _search(
+        self, query: QueryBundle, limit: int, *conditions: Condition, keep: Callable[[BaseNode], bool] | None = None
+    ) -> list[NodeWithScore]:
+        """Return the nearest nodes.
+
+        :param conditions: Conditions on the payload, next to those of the retriever.
+        :param keep: Which nodes to return, where the payload does not tell; as many more are searched as this needs.
+        """
+        from cocoa_embed.integrations.llama_index.one_query import OneQuery
+
+        texts = [text for text in query.embedding_strs if text]
+        image = None if query.image_path is None else load_source(query.image_path, self.allowed_hosts)
+        searcher = OneQuery(self._indexer, texts)
+        size, most = limit, MAX_HITS if self.diversity is None else MAX_DIVERSE_HITS
+        while True:
+            hits = searcher.search(
+                texts[0] if texts else None,
+                image,
+                limit=size,
+                score_threshold=self.score_threshold,
+                query_filter=[*conditions, *([] if self.query_filter is None else [self.query_filter])],
+                diversity=self.diversity,
+                vectors=self.vectors,
+            )
+            nodes = [to_node(hit, self.allowed_hosts) for hit in hits]
+            kept = nodes if keep is None else [each for each in nodes if keep(each.node)]
+            if len(kept) >= limit or len(hits) < size or size == most:
+                return kept[:limit]
+            size = min(4 * size, most)
+
+
+def is_image(node: BaseNode) -> bool:
+    """Return whether a node is an image."""
+    return isinstance(node, ImageNode)
+
+
+def is_text(node: BaseNode) -> bool:
+    """Return whether a node is a text."""
+    return not isinstance(node, ImageNode)
 
 
 def as_bundle(query: QueryType) -> QueryBundle:

@@ -1,5 +1,6 @@
 import asyncio
 import copy
+import multiprocessing
 import pickle
 import time
 from base64 import b64encode, urlsafe_b64encode
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 from exported import write_checkpoint
 from fake_model import COLOURS, FakeModel
-from llama_index.core import SimpleDirectoryReader
+from llama_index.core import SimpleDirectoryReader, VectorStoreIndex
 from llama_index.core.ingestion import IngestionPipeline
+from llama_index.core.ingestion.pipeline import get_transformation_hash
 from llama_index.core.readers.base import BaseReader
-from llama_index.core.schema import Document, ImageDocument, ImageNode, TextNode
+from llama_index.core.schema import Document, ImageDocument, ImageNode, MediaResource, Node, TextNode
 from llama_index.core.storage.kvstore import SimpleKVStore
 from PIL import Image
 
@@ -90,8 +92,16 @@ def test_errors_name_the_input(embedding: CocoaEmbedding, files: list[str], tmp_
     Image.new("RGB", (201, 1)).save(thin)
     with pytest.raises(ImageError, match=r"thin\.png: cannot be embedded \(absolute aspect ratio must"):
         embedding.get_image_embedding_batch([files[0], str(thin), files[1]])
+    encoded = b64encode(bytes(9000)).decode()
+    with pytest.raises(ImageError, match=r"^A{40}\.\.\.: has 12000 characters and is no path; give base64 as"):
+        embedding.get_image_embedding(encoded)
+    uri = f"data:image/png;base64,{b64encode(thin.read_bytes()).decode()}"
+    with pytest.raises(ImageError, match=r"^data: URI of \d+ characters: cannot be embedded \(absolute aspect"):
+        embedding.get_image_embedding(uri)
     with pytest.raises(CocoaError, match=r"the text 'a <.image_pad.>' cannot be embedded \(image features and"):
         embedding.get_text_embedding_batch(["red", "a <|image_pad|>"])
+    with pytest.raises(UsageError, match="the image is a ndarray; give one image: a path, an address, bytes"):
+        embedding.get_image_embedding(np.zeros((9, 9, 3), dtype=np.uint8))
     with pytest.raises(CocoaError, match="words does not embed images"):
         CocoaEmbedding("words", model=FakeModel(modalities=["text"]))
     with pytest.raises(CocoaError, match="there is no such model folder"):
@@ -104,7 +114,8 @@ def test_settings_are_serialised(model_folder: Path) -> None:
     settings["model_kwargs"] = {"attn_implementation": "eager"}
     embedding = CocoaEmbedding(model_folder, embeddings_cache=SimpleKVStore(), **settings)
     stored = embedding.to_dict()
-    assert stored == {"class_name": "CocoaEmbedding", "model_name": str(model_folder), **settings}
+    names = {"class_name": "CocoaEmbedding", "model_name": str(model_folder)}
+    assert stored == {**names, **settings, "fingerprint": embedding.encoder.fingerprint}
     for loaded in (CocoaEmbedding.from_dict(stored), CocoaEmbedding.from_json(embedding.to_json())):
         assert loaded.to_dict() == stored
         assert loaded.get_query_embedding("a red ring") == embedding.get_query_embedding("a red ring")
@@ -132,6 +143,29 @@ def test_a_pickled_embedding_loads_its_model_when_it_is_needed(real: CocoaEmbedd
         pickle.dumps(CocoaEmbedding(model=FakeModel()))
 
 
+def test_a_model_that_embeds_differently_is_refused_and_has_its_own_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "cocoa_embed.integrations.llama_index.embedding.load_encoder", lambda name, *_, **__: Encoder(FakeModel(), name)
+    )
+    same, other = (CocoaEmbedding(tmp_path, model=FakeModel(seed=seed)) for seed in (0, 1))
+    again = pickle.loads(pickle.dumps(other))
+    assert again.to_dict() == other.to_dict(), "before its model is loaded, too"
+    for load in (lambda: again.get_text_embedding("red"), lambda: CocoaEmbedding.from_dict(other.to_dict())):
+        with pytest.raises(CocoaError, match=r"with another model \(fingerprint \w{12}\) than .* same max_pixels"):
+            load()
+    assert CocoaEmbedding.from_dict(other.to_dict(), model=FakeModel(seed=1)).get_text_embedding("red")
+    for loaded in (
+        pickle.loads(pickle.dumps(same)),
+        CocoaEmbedding.model_validate(same.model_dump()),
+        CocoaEmbedding.model_validate_json(same.model_dump_json()),
+    ):
+        assert loaded.get_text_embedding("red") == same.get_text_embedding("red")
+        assert loaded.to_dict() == same.to_dict()
+    assert len({get_transformation_hash([TextNode(text="red")], each) for each in (same, other)}) == 2
+
+
 def test_the_dimension_truncates_the_embeddings() -> None:
     assert CocoaEmbedding(model=FakeModel()).dimension == 48
     encoder = Encoder(FakeModel(), dimension=12)
@@ -142,11 +176,49 @@ def test_the_dimension_truncates_the_embeddings() -> None:
     for dimension in (0, 49):
         with pytest.raises((UsageError, ValueError), match="dimension"):
             CocoaEmbedding(model=FakeModel(), dimension=dimension)
+    embedding.dimension = 12
+    for changed in (embedding, embedding.model_copy(update={"dimension": 6})):
+        assert len(changed.get_text_embedding("red")) == len(changed.get_image_embedding_batch([])) + changed.dimension
+    embedding.dimension = 49
+    with pytest.raises(UsageError, match="embeddings of 48 dimensions, not of 49"):
+        embedding.get_text_embedding("red")
+    with pytest.raises(ValueError, match="frozen"):
+        embedding.device = "cpu"
 
 
 def test_an_option_that_it_does_not_have_is_refused() -> None:
     with pytest.raises(UsageError, match=r"devic, max_pixels: not an option of CocoaEmbedding; .* give its result"):
         CocoaEmbedding(model=FakeModel(), max_pixels=784, devic="cpu")
+
+
+def test_a_name_is_no_loaded_model_and_a_loaded_model_no_name() -> None:
+    with pytest.raises(UsageError, match="model_name is a FakeModel; give a loaded model as model="):
+        CocoaEmbedding(FakeModel())
+    with pytest.raises(UsageError, match="model is the name 'folder'; give a name as model_name"):
+        CocoaEmbedding(model="folder")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking a process with threads
+def test_a_forked_process_embeds_asynchronously(embedding: CocoaEmbedding) -> None:
+    asyncio.run(embedding.aget_text_embedding_batch(["red"] * 60))
+    assert len(model_of(embedding).threads) == 2, "the pool has all of its threads"
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: asyncio.run(embedding.aget_text_embedding("red")), daemon=True
+    )
+    child.start()
+    child.join(20)
+    exit_code = child.exitcode
+    child.kill()
+    assert exit_code == 0, "it waits for threads that were not forked"
+
+
+def test_a_large_batch_of_images_is_decoded_in_parts(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    embedding = CocoaEmbedding(model=FakeModel(), embed_batch_size=100)
+    expected = embedding.get_image_embedding_batch(files * 3)
+    monkeypatch.setattr("cocoa_embed.encode.stream.MAX_BATCH_BYTES", 2 * 24 * 16 * 3)
+    assert embedding.get_image_embedding_batch(files * 3) == expected
+    embedding([ImageNode(text="red", image_path=file) for file in files * 3])
+    assert model_of(embedding).batches == [12, *[2] * 12]
 
 
 def test_a_query_does_not_wait_behind_all_documents(
@@ -178,6 +250,23 @@ def test_a_pipeline_embeds_images_as_images_and_texts_as_texts(embedding: CocoaE
         assert [node.embedding for node in embed([node.model_copy() for node in nodes])] == expected
     with pytest.raises(ImageError, match=r"gone\.png: .* not among the allowed hosts; .*allowed_hosts= in Python"):
         embedding([ImageNode(image_url="http://127.0.0.1:9/gone.png")])
+
+
+def test_options_of_other_steps_are_ignored(embedding: CocoaEmbedding, files: list[str]) -> None:
+    nodes = [Document(text="red"), ImageNode(image_path=files[1])]
+    embedded = IngestionPipeline(transformations=[embedding]).run(nodes=nodes, language="en", show_progress=True)
+    assert asyncio.run(embedding.acall([node.model_copy() for node in nodes], language="en")) == embedded
+    index = VectorStoreIndex.from_documents(nodes[:1], embed_model=embedding, transformations=[embedding])
+    assert index.as_retriever().retrieve("red")
+
+
+def test_a_node_without_text_and_image_is_refused_unless_it_is_a_text(embedding: CocoaEmbedding) -> None:
+    sound = MediaResource(path=Path("a.wav"))
+    for node in (ImageNode(id_="n7"), ImageNode(id_="n7", metadata={"a": 1}), Node(id_="n7", audio_resource=sound)):
+        with pytest.raises(CocoaError, match=rf"node n7 \({node.class_name()}\) holds neither an image nor a text"):
+            embedding([node])
+    for node in (TextNode(), Document(text=""), Node(text_resource=MediaResource(text="red"), audio_resource=sound)):
+        assert embedding([node])[0].embedding
 
 
 def test_a_node_with_text_and_image_is_embedded_by_both_if_the_model_takes_them(

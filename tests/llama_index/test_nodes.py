@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 from cocoa_embed.errors import ImageError
 from cocoa_embed.integrations.llama_index.nodes import CHAT_PIXELS, StoredImage, image_of, to_node
 from cocoa_embed.integrations.qdrant.indexer import Hit
-from cocoa_embed.integrations.qdrant.points import FileLocation, make_payload
+from cocoa_embed.integrations.qdrant.points import FileLocation, make_payload, point_id
 from cocoa_embed.integrations.qdrant.stores.base import image_path
 
 ENCODED = b64encode(b"an image").decode()
@@ -72,6 +72,36 @@ def test_stored_nodes_are_restored_and_those_with_an_image_are_image_nodes(file:
     assert (type(without_image), without_image.get_content()) == (TextNode, "a red thing")
 
 
+def test_a_stored_node_without_text_keeps_its_image_and_its_id(file: str) -> None:
+    picture = MediaResource(path=Path(file))
+    for node in (
+        ImageDocument(id_="one", image_path=file),
+        Document(id_="one", image_resource=picture),
+        Node(id_="one", image_resource=picture, text_resource=MediaResource()),
+    ):
+        found = to_node(hit(node_to_metadata_dict(node))).node
+        assert (type(found), found.node_id, found.image_path, found.text) == (StoredImage, "one", file, "")
+    sound = Document(id_="one", audio_resource=MediaResource(path=Path("a.wav")))
+    assert to_node(hit(node_to_metadata_dict(sound))).node.node_id == "one"
+
+
+def test_a_node_whose_metadata_have_the_keys_of_an_indexed_image_stays_itself(file: str) -> None:
+    for node in (
+        TextNode(id_="one", text="about dogs", metadata={"path": "a.md", "sha256": "ab", "mime": "text/markdown"}),
+        ImageNode(id_="one", text="a dog", image_path=file, metadata={"path": file, "sha256": "ab", "mime": "x"}),
+    ):
+        assert to_node(hit(node_to_metadata_dict(node))).node.to_dict() == node.to_dict()
+
+
+def test_a_stored_image_in_any_form_of_base64_is_decoded(file: str) -> None:
+    data = Path(file).read_bytes()
+    uri = f"data:image/png;base64,{b64encode(data).decode()}"
+    for encoded in (b64encode(data).decode(), urlsafe_b64encode(data).decode().rstrip("="), uri):
+        node = to_node(hit(node_to_metadata_dict(ImageNode(image=encoded)))).node
+        assert node.resolve_image().read() == data
+        assert [block.block_type for block in node.get_content_blocks()] == ["image"]
+
+
 def test_a_node_has_the_path_of_the_file_that_exists(file: str) -> None:
     gone = FileLocation("/gone.png", "gone.png", 1.0)
     content = {"sha256": "0" * 64, "bytes": 5, "width": 6, "height": 7, "mime": "image/png"}
@@ -81,7 +111,7 @@ def test_a_node_has_the_path_of_the_file_that_exists(file: str) -> None:
         payload = make_payload(content, locations, none, llama_index=llama_index)
         assert ("_node_content" in payload) == llama_index
         assert image_path(payload) == file != payload["path"]
-        node = to_node(Hit("7", 0.5, image_path(payload), payload)).node
+        node = to_node(Hit(point_id(content["sha256"]), 0.5, image_path(payload), payload)).node
         assert (type(node), node.image_path, node.metadata["path"]) == (StoredImage, file, file)
     assert image_path(make_payload(content, [gone], none)) == "/gone.png"
 

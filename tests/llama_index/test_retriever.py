@@ -14,7 +14,16 @@ from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.llms import ImageBlock, MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import QueryFusionRetriever
-from llama_index.core.schema import ImageNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import (
+    Document,
+    ImageNode,
+    MediaResource,
+    MetadataMode,
+    Node,
+    NodeWithScore,
+    QueryBundle,
+    TextNode,
+)
 from llama_index.core.vector_stores import FilterOperator, MetadataFilter, MetadataFilters
 from llama_index.core.vector_stores.utils import node_to_metadata_dict
 from llama_index.vector_stores.qdrant import QdrantVectorStore
@@ -111,6 +120,54 @@ def test_it_has_the_methods_and_defaults_of_llama_indexs_retriever(
     assert not paths(mixed.retrieve("red")), "an image is nearer than the texts"
     assert sorted(paths(mixed.text_to_image_retrieve("red"))) == sorted(files[1:3])
     assert sorted(paths(mixed.image_to_image_retrieve(files[0]))) == sorted(files[1:3])
+
+
+def test_a_node_or_a_document_is_a_text_or_an_image_by_its_content(
+    embedding: CocoaEmbedding, client: QdrantClient, files: list[str]
+) -> None:
+    nodes = [
+        *[Node(text_resource=MediaResource(text="red")) for _ in range(9)],
+        *[Document(image_resource=MediaResource(path=Path(file))) for file in files[:2]],
+        *[ImageNode(image_path=file) for file in files[2:]],
+    ]
+    store = QdrantVectorStore("mixed", client=client)
+    IngestionPipeline(transformations=[embedding], vector_store=store, disable_cache=True).run(nodes=nodes)
+    indexer = QdrantIndexer(embedding.encoder, client=client, collection="mixed")
+    for limit in (3, 4, 5):
+        retriever = CocoaRetriever(indexer, limit)
+        images = paths(retriever.text_to_image_retrieve("red"))
+        assert (images[0], len(images)) == (files[0], min(limit, 4))
+        assert [each.node.get_content() for each in retriever.text_retrieve("blue")] == ["red"] * limit
+    embedded = len(embedding.encoder.model.queries)
+    assert len(retriever.text_to_image_retrieve("red")) == 4
+    assert len(embedding.encoder.model.queries) == embedded + 1, "once, even if it is searched for again"
+    diverse = CocoaRetriever(indexer, 4, diversity=0.5).text_to_image_retrieve("red")
+    assert sorted(paths(diverse)) == sorted(files)
+
+
+def test_several_texts_are_one_query_with_the_mean_of_their_embeddings(
+    indexer: QdrantIndexer, files: list[str]
+) -> None:
+    texts = ["red", "blue", ""]
+    red, blue, image = (
+        indexer.encoder.embed_queries([item])[0]
+        for item in ({"text": "red"}, {"text": "blue"}, {"image": Image.open(files[1]).convert("RGB")})
+    )
+    (found,) = CocoaRetriever(indexer, 1).retrieve(QueryBundle("a question", custom_embedding_strs=texts))
+    mean = (red + blue) / np.linalg.norm(red + blue)
+    assert found.score == pytest.approx(max(mean @ red, mean @ blue), abs=1e-5)
+    assert mean @ image < found.score
+    CocoaRetriever(indexer).retrieve(QueryBundle("", image_path=files[1], custom_embedding_strs=texts))
+    assert [sorted(item) for item in indexer.encoder.model.queries[-2:]] == [["image", "text"]] * 2
+
+
+def test_what_is_no_indexer_and_hosts_that_are_no_list_are_refused(
+    indexer: QdrantIndexer, embedding: CocoaEmbedding
+) -> None:
+    with pytest.raises(UsageError, match=r"indexer is a CocoaEmbedding; give QdrantIndexer\(embedding.encoder"):
+        CocoaRetriever(embedding)
+    with pytest.raises(UsageError, match=r"'a.example'; give a list, as in \['a.example'\]"):
+        CocoaRetriever(indexer, allowed_hosts="a.example")
 
 
 def test_images_are_retrieved_from_a_server_that_takes_filters_on_indexed_fields_only(
