@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import tarfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,8 @@ from cocoa_embed.data.rows import ArrowImage
 from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images.load import check_size
 from cocoa_embed.images.urls import is_web
+
+logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 256
 """Rows that are converted to Python values together."""
@@ -143,16 +146,38 @@ def _without_bytes(cells: pa.Array | pa.ChunkedArray) -> list[Any]:
 
 
 def open_parquet(path: Place) -> ArrowTable:
-    """Open a Parquet file.
+    """Open a Parquet file, without columns of types that ``datasets`` does not know.
 
     :raises CocoaError: If it cannot be read.
     """
     with reading(path):
         with open_binary(path) as file:
-            empty = None if parquet.read_metadata(file).num_rows else parquet.read_table(file)
+            metadata = parquet.read_metadata(file)
+            features = _known_features(metadata.schema.to_arrow_schema(), printable(path))
+            columns = None if features is None else [*features]
+            empty = None if metadata.num_rows else parquet.read_table(file, columns=columns)
         if empty is None:
-            return _open_files("parquet", [path])
+            return _open_files("parquet", [path], features, **({} if columns is None else {"columns": columns}))
     return ArrowTable(printable(path), datasets.Dataset(empty).with_format("arrow"), ("parquet", str(path)))
+
+
+def _known_features(schema: pa.Schema, name: str) -> datasets.Features | None:
+    """Return the features of the columns whose types ``datasets`` knows; None if it knows all.
+
+    :param name: The table's name, for the warning about the others.
+    """
+    known, unknown = [], []
+    for column in schema:
+        try:
+            datasets.Features.from_arrow_schema(pa.schema([column]))
+            known.append(column)
+        except ValueError:
+            unknown.append(f"{column.name!r} ({column.type})")
+    if not unknown:
+        return None
+    logger.warning("%s: the columns %s are not read, as the package datasets does not know their types; to use them, "
+                   "write them as text, numbers, lists or structs", name, printable(", ".join(unknown)))  # fmt: skip
+    return datasets.Features.from_arrow_schema(pa.schema(known))
 
 
 def open_shards(paths: Sequence[Place]) -> ArrowTable:
@@ -197,11 +222,13 @@ def _shard_features(shard: Place) -> datasets.Features | None:
     return datasets.Features({**kinds, "__key__": datasets.Value("string"), "__url__": datasets.Value("string")})
 
 
-def _open_files(builder: str, paths: Sequence[Place], features: datasets.Features | None = None) -> ArrowTable:
+def _open_files(
+    builder: str, paths: Sequence[Place], features: datasets.Features | None = None, **options: Any
+) -> ArrowTable:
     files = [str(path.absolute() if isinstance(path, Path) else path) for path in paths]
     # ``datasets`` treats local names as patterns; in a web address, a question mark is not a wildcard.
     files = [file if is_web(file) else glob.escape(file) for file in files]
-    dataset = _load(builder, data_files=files, split="train", features=features)
+    dataset = _load(builder, data_files=files, split="train", features=features, **options)
     return ArrowTable(printable(paths[0]), dataset.with_format("arrow"), (builder, *map(str, paths)))
 
 

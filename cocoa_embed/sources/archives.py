@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tarfile
 import zipfile
 import zlib
@@ -10,9 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
+from posixpath import splitext
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
+from unicodedata import normalize
 
-from cocoa_embed.data.image_folder import without_blank_texts
+from cocoa_embed.data.image_folder import METADATA_FILES, without_blank_texts
 from cocoa_embed.data.places import Place, open_binary, reading, suffix_of
 from cocoa_embed.errors import CocoaError, ImageError, one_line, printable, until_error
 from cocoa_embed.images.find_files import is_image_name
@@ -23,6 +26,8 @@ from cocoa_embed.sources.tables import batches
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTIONS = frozenset({".txt", ".caption", ".json", ".cls"})
 """The suffixes of the files that describe the image of the same name."""
@@ -50,13 +55,23 @@ class Member(NamedTuple):
     @property
     def stem(self) -> str:
         """The name without its suffix."""
-        return str(PurePosixPath(self.name).with_suffix(""))
+        return stem_of(self.name)
 
     @property
     def sample(self) -> str:
-        """What the files of one sample of a WebDataset have in common: the name up to the first dot."""
-        path = PurePosixPath(self.name)
-        return str(path.with_name(path.name.split(".")[0] or path.name))
+        """The name of its sample."""
+        return sample_of(self.name)
+
+
+def stem_of(name: str) -> str:
+    """Return the name of a file without its suffix."""
+    return splitext(name)[0]
+
+
+def sample_of(name: str) -> str:
+    """Return what the files of one sample of a WebDataset have in common: the name up to the first dot."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + (file.split(".")[0] or file)
 
 
 # Both are in every version of Python, though its documentation does not name them.
@@ -89,13 +104,48 @@ def read_archive(file: ShardFile) -> Iterator[Record]:
     """
     faults: list[Exception] = []
     columns = cache(lambda: columns_beside(file.place))
+    apart = ApartDescriptions()
     for sample in samples(until_error(read_members(file), faults)):
+        apart.look_at(sample)
         for image, metadata in describe_images(sample, columns):
             record = file.make_record(image.name, image.content, metadata)
             # The description of the last image may be in the part that cannot be read.
             yield replace(record, checked_sources=frozenset()) if faults else record
+    apart.report(file)
     for fault in faults:
         raise fault
+
+
+class ApartDescriptions:
+    """Finds the descriptions that do not follow or precede their image, but are elsewhere in the archive."""
+
+    def __init__(self) -> None:
+        """Begin before the first sample."""
+        self._images: set[str] = set()
+        """The names of images without their suffixes, and of their samples."""
+        self._alone: dict[str, str] = {}
+        """The descriptions without an image beside them, each with the name that an image elsewhere would have."""
+
+    def look_at(self, sample: Sequence[Member]) -> None:
+        """Note the images of a sample, and the descriptions whose image is not in it."""
+        images = {member.stem for member in sample if is_image_name(member.name)}
+        described = {*images, sample[0].sample} if images else images
+        self._images |= described
+        for member in sample:
+            if member.suffix in DESCRIPTIONS and member.stem not in described:
+                self._alone[member.name] = member.stem if images else member.sample
+
+    def report(self, file: ShardFile) -> None:
+        """Count those whose image was elsewhere, and log what to do."""
+        found = [name for name, image in self._alone.items() if image in self._images]
+        for name in found:
+            file.passed_over.note(f"{file.key}/{name}", "description apart from its image")
+        if found:
+            logger.warning(
+                "%s: %d descriptions do not describe their images, as they are apart from them, such as %s; pack the "
+                "files in the order of their names, as tar --sort=name does",
+                *(printable(file.key), len(found), printable(found[0])),
+            )
 
 
 def samples(members: Iterable[Member]) -> Iterator[list[Member]]:
@@ -176,6 +226,8 @@ def columns_beside(place: Place) -> dict[str, dict[str, Any]]:
 def read_members(file: ShardFile) -> Iterator[Member]:
     """Yield the images of an archive (the first of those with one name) and the files that describe them, in order.
 
+    In a zip file on this machine, the files of a sample follow each other, wherever they are in the file.
+
     :raises Exception: If it cannot be read, or is broken after the files that were yielded.
     """
     names: set[str] = set()
@@ -184,10 +236,12 @@ def read_members(file: ShardFile) -> Iterator[Member]:
         if is_image_name(name):
             file.passed_over.note(f"{file.key}/{name}", "link in an archive")
 
+    # A remote file reads ahead: from one place to another and back, it would fetch megabytes for each file.
+    by_sample = isinstance(file.place, Path)
     with open_binary(file.place) as opened:
-        for name, size, read in read_entries(opened, file.key, "r|*", on_link):
-            is_image = is_image_name(name)
-            if not is_image and suffix_of(name) not in DESCRIPTIONS:
+        for name, size, read in read_entries(opened, file.key, "r|*", on_link, by_sample=by_sample):
+            is_image, is_table = is_image_name(name), PurePosixPath(name).name in METADATA_FILES
+            if not (is_image or is_table or suffix_of(name) in DESCRIPTIONS):
                 continue
             most = MAX_IMAGE_BYTES if is_image else MAX_DESCRIPTION_BYTES
             key = f"{file.key}#{name}"
@@ -196,7 +250,9 @@ def read_members(file: ShardFile) -> Iterator[Member]:
             try:
                 if file.passed_over.has_entry(path, file.key, partial(_start, read_once, size)):
                     continue
-                if is_image and name in names:
+                if is_table:
+                    report_table(file, name)
+                elif is_image and name in names:
                     file.passed_over.note(path, "name again in an archive")
                 elif 0 < size <= most:
                     yield Member(name, read_once())
@@ -207,29 +263,52 @@ def read_members(file: ShardFile) -> Iterator[Member]:
             names.add(name)
 
 
+def report_table(file: ShardFile, name: str) -> None:
+    """Count a metadata file of an image folder that was packed whole, and log what to do."""
+    file.passed_over.note(f"{file.key}/{name}", "metadata file in an archive")
+    logger.warning(
+        "%s: %s is not read; unpack the archive and index the folder, or give each image a .txt or .json of its name",
+        *(printable(file.key), printable(name)),
+    )
+
+
 def read_member(opened: BinaryIO, file: str, name: str) -> bytes:
     """Return the bytes of one image of an archive; in an uncompressed tar file, other files are skipped by seeking.
 
+    :param name: Accents may be composed in another way than in the archive, if exactly one image fits.
     :raises ImageError: If it is not there, or too large.
     """
+    alike: set[str] = set()
     for each, size, read in read_entries(opened, file, "r:*"):
-        if storable(each) == name and is_image_name(each):
+        spelling = storable(each)
+        if spelling == name and is_image_name(each):
             check_size(size, printable(f"{file}#{name}"))
             return read()
+        if not name.isascii() and normalize("NFC", spelling) == normalize("NFC", name) and is_image_name(each):
+            alike.add(spelling)
+    if len(alike) == 1:
+        opened.seek(0)
+        return read_member(opened, file, alike.pop())
     raise ImageError(printable(f"{file}#{name}"), "is not an image in the archive")
 
 
 def read_entries(
-    opened: BinaryIO, file: str, mode: Literal["r|*", "r:*"], on_link: Callable[[str], object] = lambda _: None
+    opened: BinaryIO,
+    file: str,
+    mode: Literal["r|*", "r:*"],
+    on_link: Callable[[str], object] = lambda _: None,
+    *,
+    by_sample: bool = False,
 ) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
     """Yield the name and size of each file in an archive, and a function that reads it, valid until the next file.
 
     :param mode: The mode of ``tarfile``: read a tar file from start to end, or seek.
     :param on_link: Called with the name of each link in a tar file.
+    :param by_sample: Whether the files of a sample in a zip file follow each other.
     """
     if suffix_of(file) == ".zip":
         with zipfile.ZipFile(opened) as archive:
-            for entry in archive.infolist():
+            for entry in sorted_by_sample(archive.infolist()) if by_sample else archive.infolist():
                 yield entry.filename, entry.file_size, partial(archive.read, entry)
         return
     with tarfile.open(fileobj=opened, mode=mode, tarinfo=StrictTarInfo) as tar:
@@ -239,6 +318,17 @@ def read_entries(
                 yield member.name, member.size, partial(_read_whole, tar, member)
             elif member.islnk() or member.issym():
                 on_link(member.name)
+
+
+def sorted_by_sample(entries: Iterable[zipfile.ZipInfo]) -> list[zipfile.ZipInfo]:
+    """Return entries with those of a sample together, and in it those of a name; the first of each keep their order."""
+    places: dict[str, int] = {}
+
+    def place(entry: zipfile.ZipInfo) -> list[int]:
+        names = (sample_of(entry.filename), stem_of(entry.filename))
+        return [places.setdefault(name, len(places)) for name in names]
+
+    return sorted(entries, key=place)
 
 
 def _start(read: Callable[[], bytes], size: int, _: str) -> bytes:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
+from cocoa_embed.data.rows import ArrowImage
+
 LARGEST_INTEGER = 2**63 - 1
 """The largest integer that Qdrant stores as it is."""
 MOST_LEVELS = 100
@@ -104,13 +106,17 @@ def relative_key(key: str, root: str | None) -> str:
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a table as JSON values that Qdrant can store.
 
-    Dates and integers of more than 64 bits, which Qdrant would round, become strings; numbers that are not finite and
-    values of more than ``MOST_LEVELS`` levels become null.
+    Dates and integers of more than 64 bits, which Qdrant would round, become strings; bytes, images inside tables,
+    numbers that are not finite and values of more than ``MOST_LEVELS`` levels become null.
     """
     shallow = {name: None if _is_deeper(value, MOST_LEVELS) else value for name, value in values.items()}
-    text = json.dumps(shallow, default=str)
+    text = json.dumps(shallow, default=_text_or_null)
     result: dict[str, Any] = json.loads(text, parse_int=_integer_or_digits, parse_constant=lambda _: None)
     return result
+
+
+def _text_or_null(value: object) -> str | None:
+    return None if isinstance(value, bytes | bytearray | ArrowImage) else str(value)
 
 
 def _is_deeper(value: object, levels: int) -> bool:

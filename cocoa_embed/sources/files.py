@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -25,6 +26,9 @@ from cocoa_embed.images.load import read_stable_file
 from cocoa_embed.images.passed_over import PassedOver, is_searched
 from cocoa_embed.sources.base import Record, Shard, is_below, relative_key, storable
 from cocoa_embed.sources.image_metadata import ImageMetadata
+
+NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+"""The errors of a path that certainly leads to no file: nothing is there, or a link to itself."""
 
 
 @dataclass
@@ -160,8 +164,9 @@ def is_deleted(key: str) -> bool:
         try:
             if stat.S_ISREG(os.stat(spelling).st_mode):
                 return False
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, ValueError):
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                return False
+        except ValueError:
             return False
     return True

@@ -13,6 +13,7 @@ from PIL.Image import Image
 
 from cocoa_embed.data.places import open_binary
 from cocoa_embed.errors import ImageError, one_line, printable, require
+from cocoa_embed.images.file_names import as_on_disk
 from cocoa_embed.images.load import decode_image, read_stable_file
 from cocoa_embed.images.urls import is_web, shown_address
 from cocoa_embed.sources.base import storable
@@ -34,7 +35,8 @@ def load_key(key: str, allowed_hosts: Sequence[str] = ()) -> Image:
 def read_key(key: str, allowed_hosts: Sequence[str] = ()) -> bytes:
     """Return the bytes of the image that a payload has as its path, without reading other images of the same file.
 
-    :param key: A path or an address, with ``#`` and the name of the image where many are in one file.
+    :param key: A path or an address, with ``#`` and the name of the image where many are in one file. Accents may be
+        composed in another way than in the names of the file and the image.
     :param allowed_hosts: The web hosts from which whole files are fetched, as ``Fetcher`` takes them.
     :raises ImageError: If there is no such image, or it cannot be read.
     """
@@ -47,9 +49,10 @@ def read_key(key: str, allowed_hosts: Sequence[str] = ()) -> bytes:
             return read_stable_file(Path(spelling))
         for file in files_of(spelling):
             kind = named_kind(urlsplit(file).path if is_web(file) else file)
-            if kind is not None and kind.read_one is not None and (is_address or os.path.isfile(file)):
-                return _read_one(kind.read_one, kind, file, storable(spelling[len(file) + 1 :]), hosts)
-    return read_address(key, hosts) if is_address else read_stable_file(Path(key))
+            name, found = storable(spelling[len(file) + 1 :]), file if is_address else str(as_on_disk(Path(file)))
+            if kind is not None and kind.read_one is not None and (is_address or os.path.isfile(found)):
+                return _read_one(kind.read_one, kind, found, name, hosts)
+    return read_address(key, hosts) if is_address else read_stable_file(as_on_disk(Path(key)))
 
 
 def _read_one(

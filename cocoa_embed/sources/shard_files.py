@@ -16,7 +16,7 @@ from cocoa_embed.images.passed_over import PassedOver
 from cocoa_embed.sources.base import Record, Shard, SourceOptions, as_json, is_below, relative_key, storable
 from cocoa_embed.sources.files import files_of, is_deleted
 
-READER = 2
+READER = 3
 """The version of the readers. Increase it when files of any kind yield other records, captions or columns than before:
 an index then reads each of them again once, and embeds only what is new."""
 

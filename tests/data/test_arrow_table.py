@@ -5,6 +5,7 @@ from pathlib import Path
 import datasets
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 from datasets import Dataset, Features
 from table_files import png, write_table
@@ -77,3 +78,18 @@ def test_a_file_whose_name_looks_like_a_pattern_is_read_itself(tmp_path: Path, r
     assert [list(open_table(file).read(["text"])) for file in named] == [[(f"{named[0]}, row 1", {"text": "right"})]]
     if not root:
         assert len(find_files(f"{tmp_path}/photos [1]/*.parquet")) == 2, "a folder that exists is no pattern"
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_a_table_is_read_without_columns_of_types_that_datasets_does_not_know(
+    tmp_path: Path, rows: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    maps = pa.map_(pa.string(), pa.int64())
+    columns = {"map": pa.array([[("k", 1)]] * rows, maps), "maps": pa.array([[[("k", 1)]]] * rows, pa.list_(maps))}
+    table = pa.table({"text": pa.array(["a"] * rows, pa.string()), **columns})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    opened = open_table(tmp_path / "rows.parquet")
+    assert list(opened.columns) == ["text"]
+    assert [values for _, values in opened.read(opened.columns)] == [{"text": "a"}] * rows
+    assert "rows.parquet: the columns 'map' (map<" in caplog.text
+    assert "'maps' (list<" in caplog.text

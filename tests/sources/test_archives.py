@@ -7,6 +7,7 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
+import fsspec
 import pytest
 from source_files import parquet_file, read, tar
 from table_files import png
@@ -203,6 +204,64 @@ def test_an_archive_counts_as_checked_only_up_to_where_it_is_whole(tmp_path: Pat
         with suppress(ImageError):
             records.extend(shard.records())
         assert [record.checked_sources == {str(tmp_path / "a.tar")} for record in records] == expected
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "remote.zip"])
+def test_descriptions_apart_from_their_images_are_used_in_a_zip_file_and_reported_elsewhere(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = {"p/a.png": png(1), "p/b.left.png": png(2), "p/2024.01.png": png(3), "p/c.png": png(4)}
+    texts = {"c.txt": b"c", "2024.02.txt": b"2", "a.txt": b"a", "a.json": b'{"n": 1}', "b.txt": b"b", "R.txt": b"R"}
+    packed = {**images, **{f"p/{text}": content for text, content in texts.items()}, "p/2024.02.png": png(5)}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for member, content in packed.items():
+            archive.writestr(member, content)
+    content = tar(packed.items()) if name == "a.tar" else buffer.getvalue()
+    (tmp_path / name).write_bytes(content)
+    fsspec.filesystem("memory").pipe(f"/apart/{name}", content)
+    passed_over = PassedOver()
+    place = f"memory:///apart/{name}" if name == "remote.zip" else str(tmp_path / name)
+    metadata = read(all_sources([place], passed_over=passed_over)).metadata
+    found = {key.removeprefix(f"{name}#p/"): columns for key, columns in metadata.items()}
+    beside = {"a.png": {}, "b.left.png": {}, "2024.01.png": {}, "c.png": {"text": "c"}, "2024.02.png": {"text": "2"}}
+    if name == "a.zip":
+        assert found == {**beside, "a.png": {"text": "a", "n": 1}, "b.left.png": {"text": "b"}}
+        assert (passed_over.counts, caplog.text) == ({}, "")
+    else:
+        assert found == {**beside, "2024.02.png": {}}
+        assert passed_over.counts == {"description apart from its image": 4}
+        assert f"{name}: 4 descriptions do not describe their images, as they are apart from them, such" in caplog.text
+        assert "tar --sort=name" in caplog.text
+
+
+def test_a_text_that_describes_another_image_of_its_sample_is_reported(tmp_path: Path) -> None:
+    members = {"2024.1.png": png(1), "2024.2.txt": b"2", "x.png": png(2), "2024.2.png": png(3), "2024.json": b"{}"}
+    (tmp_path / "a.tar").write_bytes(tar(members.items()))
+    passed_over = PassedOver()
+    read(all_sources([tmp_path / "a.tar"], passed_over=passed_over))
+    assert passed_over.counts == {"description apart from its image": 1}
+
+
+def test_the_files_of_a_sample_that_is_split_are_next_to_each_other_in_a_zip_file() -> None:
+    names = ["d/", "/", "2024.1.png", "b.png", "2024.2.png", "2024.1.txt", "b.txt", "2024.2.txt", "b.png"]
+    found = [entry.filename for entry in archives.sorted_by_sample(map(zipfile.ZipInfo, names))]
+    together = ["2024.1.png", "2024.1.txt", "2024.2.png", "2024.2.txt", "b.png", "b.txt", "b.png"]
+    assert [name for name in found if not name.endswith("/")] == together
+
+
+@pytest.mark.parametrize("table", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_a_metadata_file_in_an_archive_is_reported(
+    tmp_path: Path, table: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.tar").write_bytes(tar([(f"p/{table}", b"x"), ("p/x.png", png(1))]))
+    passed_over = PassedOver()
+    assert read(all_sources([tmp_path / "a.tar"], passed_over=passed_over)).metadata == {"a.tar#p/x.png": {}}
+    assert passed_over.counts == {"metadata file in an archive": 1}
+    assert f"a.tar: p/{table} is not read; unpack the archive" in caplog.text
+    caplog.clear()
+    read(tmp_path / "a.tar", exclude=(table,))
+    assert not caplog.text
 
 
 def test_repeated_names_and_links_are_passed_over_and_counted(tmp_path: Path) -> None:

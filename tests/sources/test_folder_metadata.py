@@ -3,6 +3,8 @@ from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 from table_files import write_images, write_table
 
@@ -52,6 +54,21 @@ def test_integers_of_more_than_64_bits_are_texts_as_qdrant_would_round_them(tmp_
     write_table(tmp_path / "metadata.jsonl", [{"file_name": "a.png", **values}])
     expected = {**values, "list": [{"id": "-1180591620717411303424"}]}
     assert described(tmp_path, "a.png")[0].metadata == json_values(values) == expected
+
+
+def test_bytes_of_a_table_are_null_and_columns_of_unknown_types_do_not_hide_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_images(tmp_path, "a")
+    columns = {"file_name": ["a.png"], "text": ["a ring"], "one": [b"\xff"], "two": [[b"\xff", None]]}
+    parts = {"struct": [{"bytes": b"\xff", "path": None}], "inner": [{"a": b"\xff", "b": 1}]}
+    unknown = {"map": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64()))}
+    parquet.write_table(pa.table({**columns, **parts, **unknown}), tmp_path / "metadata.parquet")
+    (found,) = described(tmp_path, "a.png")
+    expected = {"one": None, "two": [None, None], "struct": None, "inner": {"a": None, "b": 1}}
+    assert found.metadata == {"text": "a ring", **expected}
+    assert "metadata.parquet: the columns 'map' (map<string, int64" in caplog.text
+    assert json_values({"inner": {"a": b"\xff", "b": 1}}) == {"inner": expected["inner"]}
 
 
 @pytest.mark.parametrize("wrap", [lambda value: [value], lambda value: {"a": value}], ids=["list", "object"])

@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+from unicodedata import normalize
 from unittest.mock import Mock
 
 import fsspec
@@ -201,3 +202,19 @@ def test_paths_are_read_as_payloads_and_people_write_them(tmp_path: Path, monkey
     for key in (storable(f"{tmp_path}/{name}"), name, f"file://{tmp_path}/caf%E9%201.png"):
         assert read_key(key) == png(5), key
     assert load_key("r s.pdf#page=1") == load_key(f"FILE://{tmp_path}/r%20s.pdf#page=1")
+
+
+@pytest.mark.parametrize("typed", ["NFC", "NFD"])
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_a_key_matches_however_its_accents_are_composed(tmp_path: Path, stored: str, typed: str) -> None:
+    archive, photo, member = (normalize(stored, name) for name in ("zé.zip", "pé.png", "dé.png"))
+    (tmp_path / archive).write_bytes(zipped(["x.png", member, "dé.txt"]))
+    (tmp_path / photo).write_bytes(png(1))
+    assert read_key(normalize(typed, f"{tmp_path}/{photo}")) == png(1)
+    assert read_key(normalize(typed, f"{tmp_path}/{archive}#{member}")) == png(1)
+    both = [normalize(form, "dé.png") for form in ("NFD", "NFC")]
+    (tmp_path / archive).write_bytes(zipped(both))
+    assert [read_key(f"{tmp_path}/{archive}#{name}") for name in both] == [png(0), png(1)], "the exact name is first"
+    (tmp_path / archive).write_bytes(zipped([normalize(form, "dé/é.png") for form in ("NFD", "NFC")]))
+    with pytest.raises(ImageError, match="is not an image in the archive"):  # either could be meant
+        read_key(f"{tmp_path}/{archive}#" + normalize("NFC", "dé/") + normalize("NFD", "é.png"))

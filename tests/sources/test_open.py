@@ -56,6 +56,15 @@ def test_what_a_source_covers_and_misses(folder: Path) -> None:
         assert not source.covers(key), key
 
 
+def test_a_link_to_itself_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    (source,) = all_sources([tmp_path])
+    for name in ("b.png", "folder"):
+        (tmp_path / name).symlink_to(name)
+    keys = ("a.png", "b.png", "folder/c.png", "b.png#1")
+    assert [source.is_deleted(f"{tmp_path}/{key}") for key in keys] == [False, True, True, True]
+
+
 def test_which_images_many_files_cover_is_decided_without_asking_each() -> None:
     asked: list[str] = []
 
