@@ -69,7 +69,7 @@ def test_changes_are_counted_and_unusable_files_are_named_with_exit_status_1(com
     assert (code, failure["path"]) == (1, str(pictures / "broken.jpg"))
     assert "broken.jpg" in err
     assert [summary[key] for key in ("indexed", "unchanged", "updated", "pruned")] == [0, 1, 1, 1]
-    assert len(list(Path("small").glob("*.jpg"))) == 2
+    assert len(list(Path("small").glob("*/*.jpg"))) == 2
     code, out, err = command("search", "--image", pictures / "red.png", *storage, "--limit", 1)
     assert (code, out, err.endswith("red.png  a rose\n")) == (0, "", True)
 

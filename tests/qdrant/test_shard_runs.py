@@ -23,6 +23,7 @@ from cocoa_embed.integrations.qdrant.indexing.manifest import Manifest
 from cocoa_embed.integrations.qdrant.indexing.run import IndexRun
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
 from cocoa_embed.integrations.qdrant.indexing.writer import Writer
+from cocoa_embed.integrations.qdrant.points import stored_locations
 from cocoa_embed.integrations.qdrant.stores import open_store
 from cocoa_embed.integrations.qdrant.stores.base import Signature
 from cocoa_embed.integrations.qdrant.stores.store import Store
@@ -149,6 +150,27 @@ def test_a_shard_that_lacks_a_point_in_the_collection_is_not_skipped(world: Worl
     assert counts(world.run()) == (1, 9, 0, 0, 0, 0)
     assert world.reads == ["2.bmp"], "the others are as they were, as their archive is"
     assert world.run().unchanged == 10
+
+
+@pytest.mark.parametrize("sampled", [2, 100])
+@pytest.mark.parametrize("is_other_content", [True, False])
+def test_the_manifest_does_not_vouch_for_a_restored_or_another_collection(
+    world: World, monkeypatch: pytest.MonkeyPatch, is_other_content: bool, sampled: int
+) -> None:
+    monkeypatch.setattr(manifest, "SAMPLED_POINTS", sampled)
+    backup = world.store
+    world.store = open_store(client=QdrantClient(":memory:"), collection="images")
+    world.store.create(Signature("fake", "0f", 48))
+    world.one.version = "2"
+    if is_other_content:
+        world.one.contents = {f"{number}.bmp": image(50 + number) for number in range(5)}
+    world.run()
+    assert counts(world.run()) == (0, 10, 0, 0, 0, 0)
+    world.store = backup
+    assert (world.run().replaced, world.embedded) == ((5, 5) if is_other_content else (0, 0))
+    assert counts(world.run()) == (0, 10, 0, 0, 0, 0)
+    stored = [each for _, payload in backup.scan(None) for each in stored_locations(payload)]
+    assert {each.mtime for each in stored if each.path.startswith("/data/one.tar#")} == {2.0}
 
 
 def test_without_the_manifest_the_result_is_the_same(world: World) -> None:
@@ -355,12 +377,12 @@ class TestFaults:
             assert counts(world.run(**options)) == (0, 0, 0, 0, 0, 10)
         assert world.paths == before
         assert counts(world.run(**options)) == (0, 10, 0, 0, 0, 0)
-        assert len(list((tmp_path / "small").glob("*.jpg"))) == 9
+        assert len(list((tmp_path / "small").rglob("*.jpg"))) == 9
 
 
 def test_newly_requested_thumbnails_and_fields_reach_skipped_shards(world: World, tmp_path: Path) -> None:
     assert world.run(thumbnails=ThumbnailFolder(tmp_path / "small")).unchanged == 10
-    assert len(list((tmp_path / "small").glob("*.jpg"))) == 9
+    assert len(list((tmp_path / "small").rglob("*.jpg"))) == 9
     assert world.run(thumbnails=ThumbnailFolder(tmp_path / "small"), llama_index=True).unchanged == 10
     assert all("_node_content" in payload for _, payload in world.store.scan(None))
     assert world.embedded == 0

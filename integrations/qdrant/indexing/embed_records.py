@@ -235,7 +235,7 @@ class PointStream:
     ) -> None:
         """Pass on a record whose content is stored, with the thumbnail that its point lacks."""
         thumbnail = None
-        if self.thumbnails is not None and self.thumbnails.lacks(content.id, payload):
+        if self.thumbnails is not None and self.thumbnails.lacks(payload):
             try:
                 image, _ = decode_image(data, printable(record.key))
             except ImageError as error:

@@ -6,23 +6,31 @@ It only saves work: without it, a run reads more, but its result is the same.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import os
 import sqlite3
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import PIL
 
 from cocoa_embed import __version__
 from cocoa_embed.errors import one_line, printable
 from cocoa_embed.folders import cache_folder
+from cocoa_embed.integrations.qdrant.indexing.merge import DESCRIPTION_KEYS
+from cocoa_embed.integrations.qdrant.points import is_in_shard, own_locations
+from cocoa_embed.integrations.qdrant.stores.base import with_any_of
+
+if TYPE_CHECKING:
+    from cocoa_embed.integrations.qdrant.stores.store import Store
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = """
 DROP TABLE IF EXISTS shards; -- as it was in earlier versions
 CREATE TABLE IF NOT EXISTS complete_shards
-    (key TEXT PRIMARY KEY, version TEXT, records INTEGER, points INTEGER, is_unpruned INTEGER);
+    (key TEXT PRIMARY KEY, version TEXT, records INTEGER, points TEXT, is_unpruned INTEGER);
 CREATE TABLE IF NOT EXISTS faults
     (key TEXT PRIMARY KEY, shard TEXT, version TEXT, sha256 TEXT, reason TEXT, software TEXT);
 CREATE INDEX IF NOT EXISTS contents ON faults (sha256);
@@ -32,6 +40,10 @@ CREATE INDEX IF NOT EXISTS fault_shards ON faults (shard);
 
 SOFTWARE = f"cocoa-embed {__version__}, Pillow {PIL.__version__}"
 """The software that could not read some content; other versions may read it."""
+
+SAMPLED_POINTS = 100
+"""Points of a shard that are compared with those that a run has left: if an older collection was restored, or another
+one is in its place, nearly all of them differ."""
 
 FORGET_FAULTS = (
     "DELETE FROM complete_shards WHERE key IN (SELECT shard FROM faults WHERE software != ?)",
@@ -44,8 +56,8 @@ class CompleteShard(NamedTuple):
 
     version: str
     records: int
-    points: int
-    """The points in the collection that have the key of this shard."""
+    points: str
+    """What identifies its points in the collection (``state_of_points``)."""
     is_unpruned: bool
     """Whether some of these points may name images that are no longer in it."""
 
@@ -55,6 +67,29 @@ class Fault(NamedTuple):
 
     key: str
     reason: str
+
+
+def state_of_points(store: Store, shard: str) -> str:
+    """Return what identifies the points of a shard: their number, and a digest of some; empty if there are none.
+
+    The digest is of what reading the shard has stored: content, mtimes and descriptions.
+
+    :param shard: The key of the shard, as payloads have it.
+    """
+    condition = with_any_of("shard", [shard])
+    sample = list(store.points(condition, limit=SAMPLED_POINTS))
+    if not sample:
+        return ""
+    count = len(sample) if len(sample) < SAMPLED_POINTS else store.count(condition)
+    rows = [
+        [
+            id_,
+            [[each.path, each.mtime] for each in own_locations(id_, payload) if is_in_shard(each.path, shard)],
+            [payload.get(key) for key in DESCRIPTION_KEYS],
+        ]
+        for id_, payload, *_ in sample
+    ]
+    return f"{count} {hashlib.blake2b(json.dumps(rows, sort_keys=True).encode(), digest_size=16).hexdigest()}"
 
 
 def open_manifest(place: str | None, collection: str, fingerprint: str | None) -> Manifest:
@@ -71,7 +106,8 @@ def manifest_file(collection: str) -> Path:
 
     :param collection: Names the collection and where it is.
     """
-    return cache_folder() / "collections" / f"{hashlib.blake2b(collection.encode(), digest_size=12).hexdigest()}.sqlite"
+    name = hashlib.blake2b(os.fsencode(collection), digest_size=12).hexdigest()
+    return cache_folder() / "collections" / f"{name}.sqlite"
 
 
 class Manifest:

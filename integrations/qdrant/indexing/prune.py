@@ -13,6 +13,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from unicodedata import normalize
 
 from cocoa_embed.integrations.qdrant.indexing.merge import BATCH_CHANGES, Change, Merger
 from cocoa_embed.integrations.qdrant.points import HELD_KEYS, is_in_shard, own_locations, shards_of
@@ -42,8 +43,8 @@ class Pruning:
     """Of these, the points that would have no image left."""
     paths: Counter[int] = field(default_factory=Counter)
     """The images that no longer exist."""
-    doubtful: Counter[str] = field(default_factory=Counter)
-    """The images below each empty folder, which may be the mount point of a missing disk."""
+    doubtful: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """The images below each folder that may be the mount point of a missing disk, and why it may be."""
 
     def __post_init__(self) -> None:
         self._doubtful_folder = lru_cache(maxsize=1024)(doubtful_folder)
@@ -58,11 +59,11 @@ class Pruning:
             for path, numbers in covering.items():
                 if any(self.sources[i].is_deleted(path) for i in numbers):
                     root = self.sources[numbers[0]].name
-                    folder = None if even_doubtful else self._doubtful_folder(os.path.dirname(path), root)
-                    if folder is None:
+                    doubtful = None if even_doubtful else self._doubtful_folder(os.path.dirname(path), root)
+                    if doubtful is None:
                         deleted.append(path)
                     else:
-                        self.doubtful[folder] += 1
+                        self.doubtful[doubtful] += 1
             self.going.update({i for path in deleted for i in covering[path]} if len(deleted) == len(paths) else ())
             for path in deleted:
                 self.paths.update(covering[path])
@@ -112,23 +113,24 @@ def prune_deleted(
     unknown = [i for i, _ in enumerate(sources) if not found[i] and not pruning.totals[i]]
     gone = [sources[i].name for i in unknown if not os.path.lexists(sources[i].name)]
     kept += [{"path": name, "reason": "does not exist, and the index has nothing below it"} for name in gone]
-    for folder, count in sorted(pruning.doubtful.items()):
-        reason = f"is empty, and {count} images below it would be pruned; is a disk missing? To prune, use --prune-all"
+    for (folder, why), count in sorted(pruning.doubtful.items()):
+        reason = f"{why}, and {count} images below it would be pruned; is a disk missing? To prune, use --prune-all"
         kept.append({"path": folder, "reason": reason})
     return pruned, kept
 
 
-def doubtful_folder(folder: str, root: str) -> str | None:
-    """Return the deepest folder above a missing file that exists, if it is empty or a link that leads nowhere.
+def doubtful_folder(folder: str, root: str) -> tuple[str, str] | None:
+    """Return the deepest folder above a missing file that exists, and why a disk may be missing there; None if not.
 
     :param root: The folder that is searched; those above are not checked.
     """
     while folder == root or is_below(folder, root):
         if os.path.lexists(folder):
             try:
-                return folder if NO_FILES.issuperset(os.listdir(folder)) else None
-            except OSError:
-                return folder
+                return (folder, "is empty") if NO_FILES.issuperset(os.listdir(folder)) else None
+            except OSError as error:
+                is_link = os.path.islink(folder) and not os.path.exists(folder)
+                return folder, "is a link that leads nowhere" if is_link else f"cannot be listed ({error.strerror})"
         folder = os.path.dirname(folder)
     return None
 
@@ -151,6 +153,7 @@ def forget(store: Store, manifest: Manifest, paths: Sequence[str | Path]) -> For
     names: dict[str, list[str]] = {}
     for name in images:
         names.setdefault(storable(absolute(name)).rstrip("/"), []).append(name)
+    names = as_stored(store, names)
     merger, deleted, reopened = Merger(), 0, set[str]()
     points = iter(store.scan(HELD_KEYS))
     while page := list(islice(points, BATCH_CHANGES)):
@@ -168,6 +171,28 @@ def forget(store: Store, manifest: Manifest, paths: Sequence[str | Path]) -> For
                         reopened.add(shard)
         merger.merge(store, changes)
     return Forgotten(dict(images), deleted)
+
+
+def as_stored(store: Store, names: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return names by the keys of a collection that they stand for.
+
+    A key that the collection lacks stands for the one that differs from it only in how accents are composed; for
+    itself if there is none, or several.
+    """
+    if "".join(names).isascii():
+        return names
+    composed: dict[str, set[str]] = {normalize("NFC", key): set() for key in names}
+    for id_, payload in store.scan(HELD_KEYS):
+        for each in own_locations(id_, payload):
+            for key in keys_of(each.path, shards_of(payload)):
+                if (form := normalize("NFC", key)) in composed:
+                    composed[form].add(key)
+    found: dict[str, list[str]] = {}
+    for key, given in names.items():
+        stored = composed[normalize("NFC", key)]
+        (spelled,) = stored if len(stored) == 1 else {key}
+        found.setdefault(spelled, []).extend(given)
+    return found
 
 
 def absolute(path: str) -> str:

@@ -22,7 +22,7 @@ from cocoa_embed.integrations.qdrant.indexing.embed_records import (
     StoredContent,
     caption_with_image,
 )
-from cocoa_embed.integrations.qdrant.indexing.manifest import CompleteShard, Fault, Manifest
+from cocoa_embed.integrations.qdrant.indexing.manifest import CompleteShard, Fault, Manifest, state_of_points
 from cocoa_embed.integrations.qdrant.indexing.merge import DESCRIPTION_KEYS, Change, Merger, NamedPoint
 from cocoa_embed.integrations.qdrant.indexing.prune import prune_deleted
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
@@ -59,7 +59,8 @@ class IndexSummary:
     passed_over: dict[str, int]
     """How many files and folders were passed over, by the reason: ``system folder``, ``companion of another file``,
     ``deleted file``, ``cache``, ``excluded``, ``link in an archive``, ``name again in an archive``,
-    ``description of an image`` (a place that was given along with the image)."""
+    ``description of an image`` (a place that was given along with the image), ``description apart from its image``,
+    ``metadata file in an archive``."""
     seconds: float
     """The duration, without loading the model."""
     images_per_second: float
@@ -120,6 +121,8 @@ class IndexRun:
 
     def __post_init__(self) -> None:
         self.embed = self.store.embed
+        if self.thumbnails is not None:
+            self.thumbnails = ThumbnailFolder(self.thumbnails.folder, f"{self.store.place} {self.store.collection}")
         self._merger = Merger(self._is_missing, self.llama_index)
 
     def run(self, batch_size: int) -> None:
@@ -186,7 +189,7 @@ class IndexRun:
         faults = self.manifest.faults_in(storable(shard.key))
         if known is None or known.version != self._version(shard.version):
             return False
-        points, good = self._count_points(shard.key), known.records - len(faults)
+        points, good = self._points_of(shard.key), known.records - len(faults)
         if points != known.points or (good and not points) or (self.prune and known.is_unpruned):
             return False
         self.found[number] += known.records
@@ -198,7 +201,7 @@ class IndexRun:
     def _read_shard(self, shard: Shard, number: int) -> Iterator[Record]:
         """Yield the records of a shard, and remember it when they are all stored."""
         progress = self._shards[shard.key] = ShardProgress(self._version(shard.version))
-        progress.is_unpruned = not self.prune and self._count_points(shard.key) > 0
+        progress.is_unpruned = not self.prune and self._points_of(shard.key) != ""
         self.manifest.reopen(storable(shard.key))
         for record in self._good_records(shard, number, progress):
             progress.records += 1
@@ -240,18 +243,18 @@ class IndexRun:
             del self._shards[shard]
             if progress.is_faulty:
                 return
-            complete = CompleteShard(progress.version, progress.records, 0, progress.is_unpruned)
+            complete = CompleteShard(progress.version, progress.records, "", progress.is_unpruned)
             if progress.has_stale_points:
                 self._complete_at_end[shard] = complete
             else:
                 self._remember(shard, complete)
 
     def _remember(self, key: str, shard: CompleteShard) -> None:
-        self.manifest.complete(storable(key), shard._replace(points=self._count_points(key)))
+        self.manifest.complete(storable(key), shard._replace(points=self._points_of(key)))
 
-    def _count_points(self, shard: str) -> int:
-        """Return how many points the collection has with the key of a shard."""
-        return self.store.count(with_any_of("shard", [storable(shard)]))
+    def _points_of(self, shard: str) -> str:
+        """Return what identifies the points of a shard; empty if there are none."""
+        return state_of_points(self.store, storable(shard))
 
     def _version(self, version: str) -> str:
         """Return the version of a shard, with that of the readers and what a run adds to its points."""
@@ -279,7 +282,7 @@ class IndexRun:
         (point,) = named
         id_, payload, path = point.id, point.payload, storable(record.key)
         has_time = record.mtime != 0 or record.shard is None  # a single address may have none
-        lacks_thumbnail = self.thumbnails is not None and self.thumbnails.lacks(id_, payload)
+        lacks_thumbnail = self.thumbnails is not None and self.thumbnails.lacks(payload)
         if not (has_time and point.is_unchanged(record)) or lacks_thumbnail:
             return False
         if point.has_to_change(path):

@@ -1,5 +1,6 @@
-"""A folder of small copies of images, named by point id."""
+"""A folder of small copies of images, named by point id, in a subfolder for each collection."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.folders import refuse_foreign_folder
 from cocoa_embed.images.passed_over import THUMBNAILS_MARKER
 from cocoa_embed.integrations.qdrant.points import Payload
+from cocoa_embed.sources.base import is_below
 
 THUMBNAIL_SIZE = 320
 """The maximum of width and height, in pixels."""
@@ -24,34 +26,40 @@ def check_folder(folder: Path) -> None:
 
 
 class ThumbnailFolder:
-    """A folder of JPEG files, one for each point."""
+    """A folder of JPEG files, one for each point.
 
-    def __init__(self, folder: str | Path) -> None:
+    Each collection has its own subfolder: the points of several have the same ids, and each removes its thumbnails.
+    """
+
+    def __init__(self, folder: str | Path, collection: str | None = None) -> None:
         """Create the folder if needed, with the marker that makes the search for images pass it over.
 
+        :param collection: Names the collection and where it is; None to write into the folder itself.
         :raises CocoaError: If it cannot be created, or holds something else.
         """
         self.folder = Path(os.path.abspath(folder))
+        name = "" if collection is None else hashlib.blake2b(os.fsencode(collection), digest_size=6).hexdigest()
+        self._own_folder = self.folder / name
         check_folder(self.folder)
         with readable_errors("folder for thumbnails", folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / THUMBNAILS_MARKER).touch()
+            self._own_folder.mkdir(parents=True, exist_ok=True)
+            for each in (self.folder, self._own_folder):
+                (each / THUMBNAILS_MARKER).touch()
 
-    def path(self, id_: str) -> Path:
-        """Return the path of a point's thumbnail."""
-        return self.folder / f"{id_}.jpg"
+    def lacks(self, payload: Payload) -> bool:
+        """Return whether the payload of a point names no thumbnail in this folder, or one that is gone.
 
-    def lacks(self, id_: str, payload: Payload) -> bool:
-        """Return whether a point has no thumbnail in this folder, or its payload does not name it."""
-        path = self.path(id_)
-        return payload.get("thumbnail") != str(path) or not path.exists()
+        It may be in another subfolder: that of the place from which the collection was moved.
+        """
+        path = payload.get("thumbnail")
+        return not (isinstance(path, str) and is_below(path, str(self.folder)) and os.path.exists(path))
 
     def write(self, id_: str, jpeg: bytes) -> str:
         """Write the thumbnail of a point atomically and return its path.
 
         :raises CocoaError: If it cannot be written.
         """
-        path = self.path(id_)
+        path = self._own_folder / f"{id_}.jpg"
         with readable_errors("thumbnail", path):
             path.with_suffix(".partial").write_bytes(jpeg)
             os.replace(path.with_suffix(".partial"), path)

@@ -169,14 +169,35 @@ class TestPaths:
         album.run()
         for name in ("one", "other"):
             assert album.run(thumbnails=tmp_path / name) == (0, 5, 0, 0, 0)
-            assert {Path(payload["thumbnail"]).parent.name for payload in album.payloads.values()} == {name}
+            assert {Path(payload["thumbnail"]).parts[-3] for payload in album.payloads.values()} == {name}
         with Image.open(album.payloads["large.png"]["thumbnail"]) as image:
             assert (image.size, image.format) == ((320, 160), "JPEG")
         (album.folder / "large.png").unlink()
         colour_image("green", (9, 9)).save(album.folder / "new.png")
         album.run(thumbnails=tmp_path / "other", prune=True)
         named = {payload["thumbnail"] for payload in album.payloads.values()}
-        assert {str(file) for file in (tmp_path / "other").glob("*.jpg")} == named
+        assert {str(file) for file in (tmp_path / "other").rglob("*.jpg")} == named
+
+    def test_collections_that_share_a_folder_of_thumbnails_remove_only_their_own(
+        self, album: Album, tmp_path: Path
+    ) -> None:
+        other = album.indexer(collection="other")
+        for indexer in (album.index, other):
+            indexer.index(album.folder, thumbnails=tmp_path / "small", progress=False)
+        other.forget(album.folder)
+        assert all(Path(payload["thumbnail"]).exists() for payload in album.payloads.values())
+        assert len(list((tmp_path / "small").rglob("*.jpg"))) == 4
+
+    def test_thumbnails_of_an_index_that_was_moved_are_kept(self, album: Album, tmp_path: Path) -> None:
+        small = tmp_path / "small"
+        album.run(thumbnails=small)
+        for file in small.glob("*/*.jpg"):  # where an earlier version stored them
+            file.rename(small / file.name)
+        points = dict(album.index.store.scan(None))
+        moved = {id_: {**each, "thumbnail": str(small / f"{id_}.jpg")} for id_, each in points.items()}
+        album.index.store.replace_payloads([(id_, points[id_], moved[id_]) for id_ in points])
+        assert album.run(thumbnails=small) == (0, 4, 0, 0, 0)
+        assert {Path(each["thumbnail"]).parent for each in album.payloads.values()} == {small}
 
     def test_thumbnails_below_the_indexed_folder_are_passed_over_also_through_links_and_patterns(
         self, album: Album
@@ -185,9 +206,9 @@ class TestPaths:
         (album.folder.parent / "link").symlink_to(album.folder / "small")
         for count in ((4, 0, 0, 0, 0), (0, 4, 0, 0, 0), (0, 4, 0, 0, 0)):
             assert album.run(thumbnails=album.folder / "small") == count
-        assert len(list((album.folder / "small").glob("*.jpg"))) == 4
+        assert len(list((album.folder / "small").rglob("*.jpg"))) == 4
         assert album.run("**/*.[jp][pn]g") == (0, 4, 0, 0, 0)
-        for folder in ("small", "../link", "small/*.jpg"):
+        for folder in ("small", "../link", "small/*/*.jpg", next((album.folder / "small").glob("*/"))):
             with pytest.raises(CocoaError, match=r"no images in|nothing matches"):
                 album.run(folder)
         with pytest.raises(CocoaError, match="holds something else"):

@@ -1,5 +1,6 @@
 """What a run finds out is known to the next, and a manifest that cannot be used is no fault."""
 
+import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -10,7 +11,7 @@ from fake_model import FakeModel, write_colours
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 from cocoa_embed.integrations.qdrant.indexing.manifest import CompleteShard, Fault, Manifest, manifest_file
 
-SHARD = CompleteShard("1", 5, 4, True)
+SHARD = CompleteShard("1", 5, "4 0f", True)
 
 
 def test_the_manifest_of_a_collection_is_kept_and_an_unwritable_folder_is_not_an_error(
@@ -18,6 +19,7 @@ def test_the_manifest_of_a_collection_is_kept_and_an_unwritable_folder_is_not_an
 ) -> None:
     monkeypatch.setenv("COCOA_CACHE", str(tmp_path / "cache"))
     assert manifest_file("a") == manifest_file("a") != manifest_file("b")
+    assert manifest_file(os.fsdecode(b"caf\xe9")) != manifest_file("caf\u00e9")
     with closing(Manifest(manifest_file("a"))) as manifest:
         manifest.complete("/data/one.tar", SHARD)
     assert Manifest(manifest_file("a")).shard("/data/one.tar") == SHARD

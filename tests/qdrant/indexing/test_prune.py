@@ -5,7 +5,8 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
+from unicodedata import normalize
 
 import pytest
 from fake_model import FakeModel
@@ -19,6 +20,7 @@ from cocoa_embed.integrations.qdrant import IndexSummary, QdrantIndexer
 from cocoa_embed.sources.base import storable
 
 COUNT = 20
+Form: TypeAlias = Literal["NFC", "NFD"]
 
 
 class Disk:
@@ -110,7 +112,20 @@ def test_one_of_two_pictures_may_be_pruned_but_not_the_last(disk: Disk, tmp_path
     assert (disk.run(two, prune=True).pruned, disk.run(two, prune_all=True).pruned) == (0, 1)
 
 
-@pytest.mark.parametrize("unmount", [empty, with_lost_and_found, dangling])
+def replaced_by_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.touch()
+
+
+UNMOUNTED = {
+    empty: "is empty",
+    with_lost_and_found: "is empty",
+    dangling: "is a link that leads nowhere",
+    replaced_by_a_file: "cannot be listed (Not a directory)",
+}
+
+
+@pytest.mark.parametrize("unmount", UNMOUNTED)
 def test_an_empty_subfolder_is_not_pruned_and_the_rest_is(disk: Disk, unmount: Callable[[Path], None]) -> None:
     mounted = disk.folder / "holidays" / "stick"
     disk.paint(mounted / "2026", 2, first=100)
@@ -121,7 +136,7 @@ def test_an_empty_subfolder_is_not_pruned_and_the_rest_is(disk: Disk, unmount: C
     assert (summary.pruned, len(disk.paths)) == (1, COUNT + 1)
     (failure,) = summary.failed
     assert failure["path"] == str(mounted)
-    assert failure["reason"].startswith("is empty, and 2 images below it would be pruned")
+    assert failure["reason"].startswith(f"{UNMOUNTED[unmount]}, and 2 images below it would be pruned")
     assert disk.run(prune_all=True).pruned == 2
 
 
@@ -285,6 +300,24 @@ class TestForget:
         assert (disk.run(archive).updated, len(disk.paths)) == (1, COUNT + 3)
         assert disk.indexer.forget(archive).deleted == 2
         assert (disk.run(archive).indexed, len(disk.paths)) == (2, COUNT + 3)
+
+    @pytest.mark.parametrize("is_on_disk", [True, False])
+    @pytest.mark.parametrize(("stored", "given"), [("NFD", "NFC"), ("NFC", "NFD")])
+    def test_a_name_matches_however_its_accents_are_composed_if_one_image_fits(
+        self, disk: Disk, tmp_path: Path, stored: Form, given: Form, is_on_disk: bool
+    ) -> None:
+        def painted(form: Form, first: int) -> Path:
+            disk.paint(folder := tmp_path / normalize(form, "\u00e9t\u00e9"), 2, first)
+            disk.run(folder)
+            return folder
+
+        first, typed = painted(stored, 100), tmp_path / normalize(given, "\u00e9t\u00e9")
+        if not is_on_disk:
+            shutil.rmtree(first)
+        assert disk.indexer.forget(typed / "100.bmp").images == {str(typed / "100.bmp"): 1}
+        painted(given, 110)
+        assert disk.indexer.forget([typed, typed / "101.bmp"]).images == {str(typed): 2, str(typed / "101.bmp"): 1}
+        assert str(first / "101.bmp") not in disk.paths
 
     def test_a_missing_collection_is_an_error(self, disk: Disk) -> None:
         with pytest.raises(CocoaError, match="no collection 'other'"):
