@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cocoa_embed.integrations.qdrant.points import NODE_KEYS, REVISION, Payload
+from cocoa_embed.integrations.qdrant.searching.conditions import column_key
 from cocoa_embed.integrations.qdrant.searching.payload_keys import flat
 
 SAMPLE = 2000
@@ -33,16 +34,27 @@ def make_facets(payloads: Iterable[Payload]) -> list[dict[str, Any]]:
     found: dict[str, list[Any]] = defaultdict(list)
     points: Counter[str] = Counter()
     for payload in payloads:
-        columns = payload.get("metadata")
-        fields = {key: value for key, value in payload.items() if key not in HIDDEN}
-        for key, value in {**(columns if isinstance(columns, dict) else {}), **fields}.items():
+        for key, value in nameable(payload).items():
             values = [each for each in flat([value]) if isinstance(each, str | int | float) and each != ""]
             found[key] += values
             points[key] += bool(values)
+    keys = sorted(filter(found.get, found), key=lambda key: (-points[key], key))
+    return [{"key": key, **describe(key, found[key])} for key in keys]
+
+
+def nameable(payload: Payload) -> dict[str, Any]:
+    """Return the fields and columns of a payload that a filter can name, by the key as it is written there."""
+    columns = payload.get("metadata")
+    named = as_written(columns) if isinstance(columns, dict) else {}
+    fields = as_written({key: value for key, value in payload.items() if key not in HIDDEN})
+    return {**{column_key(key): value for key, value in named.items()}, **fields}
+
+
+def as_written(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields by their keys in quotes, where a filter needs them."""
     # In the quotes of a filter there can be neither another quote nor a backslash.
-    nameable = [key for key, values in found.items() if values and re.fullmatch(r'[^"\\]+', key)]
-    keys = sorted(nameable, key=lambda key: (-points[key], key))
-    return [{"key": key if re.fullmatch(r"[\w-]+", key) else f'"{key}"', **describe(key, found[key])} for key in keys]
+    keys = (key for key in fields if re.fullmatch(r'[^"\\]+', key))
+    return {key if re.fullmatch(r"[\w-]+", key) else f'"{key}"': fields[key] for key in keys}
 
 
 def describe(key: str, values: list[Any]) -> dict[str, Any]:

@@ -24,3 +24,11 @@ def test_values_decide_the_kind_and_are_written_as_filters_write_them() -> None:
 def test_keys_of_most_points_come_first() -> None:
     assert [facet["key"] for facet in make_facets([{"b": 1}, {"a": [1, 2, 3], "b": 1}])] == ["b", "a"]
     assert make_facets([]) == []
+
+
+def test_a_column_with_the_name_of_a_field_is_offered_as_a_filter_names_it() -> None:
+    columns = {"path": "x", "sha256": "y", "revision": 5, "width": 7, "author": "Ann"}
+    facets = {facet["key"]: facet for facet in make_facets([{"path": "/a.png", "width": 640, "metadata": columns}])}
+    assert facets.keys() == {"author", "width", *(f"metadata.{key}" for key in ("path", "sha256", "revision", "width"))}
+    assert facets["metadata.path"]["values"] == [["x", 1]]
+    assert (facets["width"]["max"], facets["metadata.width"]["max"]) == (640, 7)

@@ -205,7 +205,8 @@ async function look(index) {
   byId("previous").disabled = index === 0;
   byId("next").disabled = index === hits.length - 1;
   const values = facets.filter(({key}) => key !== "caption").map(({key}) => {
-    const value = hit.payload[plainKey(key)] ?? hit.payload.metadata?.[plainKey(key)];
+    const isColumn = key.startsWith("metadata."), name = isColumn ? key.slice("metadata.".length) : plainKey(key);
+    const value = (isColumn ? undefined : hit.payload[name]) ?? hit.payload.metadata?.[name];
     return [facetName(key), [value ?? []].flat().map(each => facetValue(key, each)).join(", ")];
   });
   const facts = [["file", hit.path], ["score", hit.score.toFixed(4)], ...values].filter(([, value]) => value !== "");

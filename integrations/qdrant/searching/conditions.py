@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from typing import TypeAlias, TypeGuard
+from unicodedata import normalize
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.integrations.qdrant.points import NODE_KEYS
+from cocoa_embed.integrations.qdrant.points import NODE_KEYS, REVISION
 from cocoa_embed.sources.base import LARGEST_INTEGER
 
 Scalar: TypeAlias = str | bool | int | float
@@ -131,6 +133,11 @@ def field_paths(key: str) -> list[str]:
     return [path] if steps[0][0] in OWN_FIELDS else [path, f"metadata.{path}"]
 
 
+def column_key(name: str) -> str:
+    """Return what a filter calls a column: ``metadata.path`` if the name alone means a field of the payload."""
+    return f"metadata.{name}" if name in OWN_FIELDS | {REVISION} else name
+
+
 def field_type(key: str) -> str | None:
     """Return the type of an own field; None for any other key.
 
@@ -140,7 +147,7 @@ def field_type(key: str) -> str | None:
 
 
 def one_of(key: str, values: Sequence[Scalar]) -> Condition:
-    """Return the condition that a field equals one of the values.
+    """Return the condition that a field equals one of the values, however accents in a text are composed.
 
     ``mtime`` takes dates too: a year, a month or a day stands for all of it, in UTC; a moment may name another zone.
 
@@ -155,7 +162,22 @@ def one_of(key: str, values: Sequence[Scalar]) -> Condition:
         values = [media_type(str(value)) for value in values]
     for value in values if type_ == TEXT and key != "caption" else ():
         check_whole(key, str(value))
-    return on_paths(key, lambda path: OneOf(path, tuple(values)))
+    spelled = tuple(form for value in values for form in (normal_forms(value) if isinstance(value, str) else [value]))
+    return on_paths(key, lambda path: OneOf(path, spelled))
+
+
+def normal_forms(text: str) -> list[str]:
+    """Return a text, and what it is with accents composed and decomposed (é is one code point or two)."""
+    return list(dict.fromkeys((text, normalize("NFC", text), normalize("NFD", text))))
+
+
+def in_period(key: str, text: str) -> Condition:
+    """Return the condition that a column holds a date within a year, month or day, or the same moment.
+
+    :raises UsageError: If the text is not a date.
+    """
+    start, end = parse_period(text)
+    return on_paths(key, lambda path: Range(path, {"gte": start, "lt" if start < end else "lte": end}))
 
 
 def media_type(name: str) -> str:
@@ -208,7 +230,7 @@ def compare(key: str, bound: str, value: Scalar) -> Condition:
 
 
 def has_words(key: str, text: str) -> Condition:
-    """Return the condition that a field contains all words of a text.
+    """Return the condition that a field contains all words of a text, however accents are composed.
 
     :raises UsageError: If the text has no word, or the field is a number.
     """
@@ -216,7 +238,7 @@ def has_words(key: str, text: str) -> Condition:
         raise UsageError(f"{key} is a number and has no words")
     if _WORD.search(text) is None:
         raise UsageError(f"there is no word in {text!a}")
-    return on_paths(key, lambda path: HasWords(path, text))
+    return any_of(on_paths(key, partial(HasWords, text=form)) for form in normal_forms(text))
 
 
 def on_paths(key: str, condition: Callable[[str], OneOf | Range | HasWords | Exists]) -> Condition:

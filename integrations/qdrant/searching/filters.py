@@ -35,9 +35,10 @@ def parse_filters(texts: Sequence[str]) -> Condition:
     ``=`` compares whole values: a number or a boolean with one, or with a string of the same characters; a value in
     quotes is a string. ``!=`` is the opposite and also holds where the key is missing. ``<``, ``<=``, ``>`` and
     ``>=`` compare numbers and dates. ``~`` looks for words: all of them must be in the text, in any order and case. In
-    a list, one element must match. A key alone holds where it has a value that is not empty. Any key that is not a
-    field of the payload is a column of ``metadata.jsonl``: ``author`` means ``metadata.author`` too. A date is in UTC
-    unless it names another zone; ``mtime=2026-01-31`` is that whole day.
+    a list, one element must match. Accents may be composed or not. A key alone holds where it has a value that is not
+    empty. Any key that is not a field of the payload is a column of ``metadata.jsonl``: ``author`` means
+    ``metadata.author`` too. A date is in UTC unless it names another zone; ``mtime=2026-01-31`` is that whole day, and
+    so is ``taken=2026-01-31`` of a column.
 
     :raises UsageError: If a text is not a filter; the message says how to write one.
     """
@@ -73,12 +74,23 @@ def _parse(text: str) -> Condition:
 def _compare(key: str, operator: str, choices: Sequence[str]) -> Condition:
     if operator == "~":
         return any_of(conditions.has_words(key, unquote(choice)) for choice in choices)
-    values = [read_values(choice, conditions.field_type(key)) for choice in choices]
+    type_ = conditions.field_type(key)
+    values = [read_values(choice, type_) for choice in choices]
     if operator in BOUNDS:
         # Of a column, 2026 may be a number or a year.
         limits = [limit for value in values for limit in (value if is_year(value[0]) else value[:1])]
         return any_of(conditions.compare(key, BOUNDS[operator], limit) for limit in limits)
-    return conditions.one_of(key, [value for alternatives in values for value in alternatives])
+    equal = conditions.one_of(key, [value for alternatives in values for value in alternatives])
+    dates = filter(is_date, choices if type_ is None else ())
+    return any_of([equal, *(conditions.in_period(key, date) for date in dates)])
+
+
+def is_date(choice: str) -> bool:
+    """Return whether a value without quotes is a date of a column; a year is a number, as few columns have times."""
+    try:
+        return "-" in choice and conditions.parse_period(choice) is not None
+    except UsageError:
+        return False
 
 
 def is_year(value: Scalar) -> bool:

@@ -19,6 +19,7 @@ from cocoa_embed.integrations.qdrant.searching.conditions import (
     OneOf,
     Or,
     Range,
+    column_key,
     field_paths,
 )
 from cocoa_embed.integrations.qdrant.stores import base
@@ -41,13 +42,14 @@ OTHER_NAMES = {
 """What people and other programs call the fields of a payload."""
 
 
-def refuse_unknown_keys(store: Store, conditions: Sequence[Any]) -> None:
+def refuse_unknown_keys(store: Store, conditions: Sequence[Any], effect: str = "nothing was found") -> None:
     """Explain a search that found nothing, if that is because no point has one of the keys in its filter.
 
     Reads ``SAMPLE`` points. Whether another point has a key that those lack is looked up in collections of up to
     ``MAX_SCANNED`` points; larger ones get no explanation.
 
     :param conditions: Conditions that must all hold; filters of qdrant-client are not looked at.
+    :param effect: What the search did for that reason, for the message.
     :raises UsageError: If there are points, and none has such a key; the message holds the nearest key.
     """
     required = [places for each in conditions for places in required_places(each)]
@@ -61,7 +63,7 @@ def refuse_unknown_keys(store: Store, conditions: Sequence[Any]) -> None:
         known = sorted(keys_of(payloads) | FIELD_TYPES.keys())
         other = OTHER_NAMES.get(key.lower())
         guess = f"(did you mean {other!r}?)" if other else did_you_mean(key, known)
-        raise UsageError(f"nothing was found: no image in {store.name} has the key {key!r} {guess}")
+        raise UsageError(f"{effect}: no image in {store.name} has the key {key!r} {guess}")
 
 
 def required_places(condition: Any) -> Iterator[list[str]]:  # noqa: ANN401
@@ -96,9 +98,10 @@ def sampled_keys(store: Store) -> set[str]:
 
 
 def keys_of(payloads: Sequence[Payload]) -> set[str]:
-    """Return the keys of payloads, as filters name them: columns without ``metadata``."""
+    """Return the keys of payloads, as filters name them: columns without ``metadata``, if they can be."""
     columns = (each for payload in payloads if isinstance(each := payload.get("metadata"), dict))
-    return {key for payload in (*payloads, *columns) for key in payload} - NODE_KEYS - {"metadata"}
+    fields = {key for payload in payloads for key in payload} - NODE_KEYS - {"metadata"}
+    return fields | {column_key(key) for each in columns for key in each}
 
 
 def create_index(store: Store, key: str, kind: str | None = None) -> tuple[str, str]:

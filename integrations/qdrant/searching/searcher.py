@@ -20,8 +20,9 @@ from qdrant_client import models
 from cocoa_embed.encode.encoder import ModelInput, make_input
 from cocoa_embed.encode.vectors import unit
 from cocoa_embed.errors import CocoaError, UsageError, printable
+from cocoa_embed.images.file_names import as_on_disk
 from cocoa_embed.images.load import ImageSource
-from cocoa_embed.integrations.qdrant.searching.conditions import field_paths
+from cocoa_embed.integrations.qdrant.searching.conditions import Exists, field_paths, normal_forms, on_paths
 from cocoa_embed.integrations.qdrant.searching.options import SearchOptions
 from cocoa_embed.integrations.qdrant.searching.payload_keys import create_index, refuse_unknown_keys, values
 from cocoa_embed.integrations.qdrant.stores.base import (
@@ -113,7 +114,7 @@ class Searcher(ABC):
             their score is the mean, over those used, of the best cosine to one of the image's vectors (MaxSim). With 1,
             it is the cosine of the first vectors.
         :raises UsageError: If there is nothing to search for, a number or a condition is invalid, or nothing is found
-            because no image has a key of the filter.
+            because no image has a key of the filter, or no image has the key ``group_by``.
         :raises CocoaError: If there is no such collection, another model made it, or it does not hold an example.
         """
         options = SearchOptions(
@@ -191,7 +192,15 @@ class Searcher(ABC):
             hits = self.store.search_batch([query for (query,) in searches])
         if conditions and not any(hits):
             refuse_unknown_keys(self.store, conditions)
+        if options.group_by is not None:
+            self._refuse_unknown_group(options.group_by, hits)
         return hits
+
+    def _refuse_unknown_group(self, key: str, hits: Iterable[list[Hit]]) -> None:
+        """Check that an image has the key by which hits are grouped."""
+        paths = field_paths(key)
+        if not any(True for hit in chain.from_iterable(hits) for path in paths for _ in values(hit.payload, path)):
+            refuse_unknown_keys(self.store, [on_paths(key, Exists)], "nothing was grouped")
 
     def _check_vectors(self, vectors: int) -> None:
         """Check that the collection has at least ``vectors`` vectors per point."""
@@ -205,7 +214,9 @@ class Searcher(ABC):
     def _merged(self, searches: Sequence[Query], options: SearchOptions) -> list[Hit]:
         """Return the hits of several searches as one list, of which each group has only the best."""
         needed = options.offset + options.limit
-        size = needed if options.group_by is None else max(4 * needed, MIN_CANDIDATES)
+        size = needed if options.group_by is None else MIN_CANDIDATES
+        while options.group_by is not None and size < 4 * needed:
+            size *= 4  # in large steps, as ranks that are fused differ a little with the size
         while True:
             size = min(size, MAX_HITS)
             found = self.store.search_batch([query._replace(limit=size, offset=0) for query in searches])
@@ -223,7 +234,7 @@ class Searcher(ABC):
         if not names:
             return [Examples([], [])] * len(queries)
         ids: list[Any] = [id_ for name in names if (id_ := as_id(name)) is not None]
-        paths = sorted({storable(path) for name in names for path in (name, os.path.abspath(name))})
+        paths = sorted({path for name in names for path in spelled_paths(name)})
         clauses = [
             models.FieldCondition(key="paths", match=models.MatchAny(any=paths)),
             models.FieldCondition(key="path", match=models.MatchAny(any=paths)),
@@ -236,7 +247,7 @@ class Searcher(ABC):
         return [Examples(*([self._example(found, name) for name in side] for side in sides)) for sides in named]
 
     def _example(self, found: Mapping[str, StoredPoint], name: str) -> StoredPoint:
-        for key in (name, str(as_id(name)), storable(name), storable(os.path.abspath(name))):
+        for key in (name, str(as_id(name)), *spelled_paths(name)):
             if key in found:
                 return found[key]
         raise NotIndexedError(
@@ -287,6 +298,12 @@ def listed(examples: Any) -> list[str]:  # noqa: ANN401
                 f"an example is a {type(name).__name__}; give the path or the id of an indexed image, or a hit"
             )
     return [name.id if isinstance(name, Hit) else str(name) for name in names]
+
+
+def spelled_paths(name: str) -> list[str]:
+    """Return the paths by which an index may know an image: file systems differ in how accents are composed."""
+    path = os.path.abspath(name)
+    return [storable(form) for each in (name, path, str(as_on_disk(Path(path)))) for form in normal_forms(each)]
 
 
 def as_id(name: str) -> str | int | None:

@@ -44,7 +44,7 @@ MAX_HITS = 2**31 - 1
 MAX_DIVERSE_HITS = 2**14
 """The same, if diversity chooses among candidates."""
 DIVERSE_CANDIDATES = 4
-"""Candidates per hit that diversity chooses from, and at least ``MIN_CANDIDATES`` in total."""
+"""Candidates per hit that diversity chooses from, and at least twice ``MIN_CANDIDATES`` in total."""
 MIN_CANDIDATES = 200
 MIN_OVERSAMPLING = 3.0
 
@@ -130,8 +130,15 @@ class Query(NamedTuple):
 
     @property
     def candidates(self) -> int:
-        """The number of nearest points that diversity chooses from."""
-        return min(max(DIVERSE_CANDIDATES * (self.limit + self.offset), MIN_CANDIDATES), MAX_DIVERSE_HITS)
+        """The number of nearest points that diversity chooses from, and that are fused or rescored.
+
+        It is the same for all pages of a search within that number of hits, so that they are parts of one ranking. It
+        doubles for deeper pages, which may repeat or miss a few hits.
+        """
+        count = max(DIVERSE_CANDIDATES * self.limit, 2 * MIN_CANDIDATES)
+        while count < self.limit + self.offset:
+            count *= 2
+        return min(count, MAX_DIVERSE_HITS)
 
     @property
     def of_each_vector(self) -> Query:

@@ -1,7 +1,8 @@
 import json
 import re
+import unicodedata
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import qdrant_edge as edge
@@ -84,6 +85,10 @@ EXPECTED = {
     "tags": "beach",
     **dict.fromkeys(["date<2026-01-01", "date<2026", "date<=2025-12-31", "date<=2025"], "beach"),
     "date>2026": "street",
+    "date=2025-12-31|2026-01": "beach street",
+    "date!=2025-12": "street plain top none",
+    "date=2026-01-01T11:00Z": "street",
+    'date="2025-12"': "",
     '"a.b"=dotted': "beach",
     "sp ace=blank": "beach",
     "exif.iso=2": "beach",
@@ -163,6 +168,17 @@ OBJECTS = st.one_of(COLUMNS, st.lists(COLUMNS, max_size=2))
 STORED = st.fixed_dictionaries(
     {}, optional={**dict.fromkeys(("width", "mtime", "caption", "a"), VALUES), "d": OBJECTS, "metadata": COLUMNS}
 )
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_accents_may_be_composed_or_not(shards: list[Any], form: Literal["NFC", "NFD"]) -> None:
+    whole = "Zürich, près du café"
+    spelled = [unicodedata.normalize(each, whole) for each in ("NFC", "NFD")]
+    stored: list[Payload] = [{"path": f"/{text}", "caption": text, "metadata": {"place": text}} for text in spelled]
+    for text in (f'place="{whole}"', f'path="/{whole}"|/x', "caption~CAFÉ près", "place~zürich"):
+        query_filter = read_filter(unicodedata.normalize(form, text))
+        assert found_by_each(shards, query_filter, stored) == [{0, 1}] * 3, text
+    assert found(read_filter(unicodedata.normalize(form, f'place!="{whole}"')), stored) == set()
 
 
 def ranges(limits: list[Any]) -> st.SearchStrategy[tree.Condition]:

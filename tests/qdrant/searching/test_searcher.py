@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unicodedata import normalize
 from unittest.mock import Mock
 
 import numpy as np
@@ -15,10 +16,11 @@ from PIL import Image
 from qdrant_client import AsyncQdrantClient, QdrantClient
 
 from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.encode.vectors import unit
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 from cocoa_embed.integrations.qdrant.stores import open_store
-from cocoa_embed.integrations.qdrant.stores.base import Hit, Signature
+from cocoa_embed.integrations.qdrant.stores.base import BOTH, Hit, Point, Query, Signature
 from cocoa_embed.integrations.qdrant.stores.server import SIGNATURE_SECONDS
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
@@ -60,6 +62,14 @@ class TestExamples:
         hit = points.search(like="/a/1.png", limit=1, query_filter="path=/a/0.png")
         assert points.search(like=hit[0], limit=3) == points.search(like=hit, limit=3) == hits
         assert numbers(points.search(like="/copies/4.png", limit=2)) in ([3, 5], [5, 3])
+
+    @pytest.mark.parametrize("backend", ["client"], indirect=True)
+    @pytest.mark.parametrize(("stored", "typed"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+    def test_a_path_is_found_however_its_accents_are_composed(
+        self, points: QdrantIndexer, stored: Literal["NFC", "NFD"], typed: Literal["NFC", "NFD"]
+    ) -> None:
+        points.store.insert([turned(99, 0, paths=[normalize(stored, "/a/été.png")])])
+        assert numbers(points.search(like=normalize(typed, "/a/été.png"), limit=1)) == [0]
 
     def test_several_examples_are_averaged_and_others_pushed_away(self, points: QdrantIndexer) -> None:
         between = points.search(like=["/a/2.png", "/a/6.png"], limit=1)
@@ -103,6 +113,35 @@ class TestMany:
         assert first == 1
         assert min(others) > 4
         assert diverse(0.6, offset=2)[:2] == [first, *others][2:]
+
+    @pytest.mark.parametrize("backend", ["client"], indirect=True)
+    @pytest.mark.parametrize("diversity", [None, 0.5, 1.0])
+    def test_pages_are_parts_of_one_ranking_also_of_two_vectors_and_of_diverse_hits(
+        self, opener: Callable[..., Store], diversity: float | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("cocoa_embed.integrations.qdrant.stores.base.MIN_CANDIDATES", 30)
+        vectors = unit(np.random.default_rng(0).normal(size=(2, 120, 8)).astype(np.float32))
+        store = opener("pages", "both")
+        store.create(Signature("m", "f", 8, BOTH))
+        pairs = enumerate(zip(*vectors, strict=True))
+        store.insert([Point(name(n), image, {}, caption) for n, (image, caption) in pairs])
+
+        def ids(limit: int, offset: int) -> list[str]:
+            query = Query(vectors[0, 0], limit=limit, offset=offset, diversity=diversity)
+            return [hit.id for hit in store.search(query)]
+
+        pages = [id_ for offset in range(0, 60, 15) for id_ in ids(15, offset)]
+        assert len(set(pages)) == len(pages) == 60
+        assert [id_ for offset in range(0, 60, 5) for id_ in ids(5, offset)] == pages
+        assert len(ids(10, 90)) == 10, "deeper than the candidates of the first pages"
+
+    def test_a_key_to_group_by_that_no_image_has_is_named_with_the_nearest(self, points: QdrantIndexer) -> None:
+        with pytest.raises(
+            UsageError, match=r"nothing was grouped: no image .* the key 'albun' \(did you mean 'album'"
+        ):
+            points.search(like="/a/0.png", group_by="albun")
+        last = points.search(like="/a/0.png", group_by="album", limit=1, offset=2)
+        assert numbers(last) == [3], "without the key, which others have"
 
     def test_only_the_best_of_each_group_is_a_hit_and_images_without_the_key_are_not_grouped(
         self, points: QdrantIndexer
