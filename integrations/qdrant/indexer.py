@@ -176,7 +176,8 @@ class QdrantIndexer(Searcher):
         failed: list[dict[str, str]] = []
         note = lambda path, reason: failed.append({"path": str(path), "reason": reason})  # noqa: E731
         found = all_sources(places, sources, note, passed_over, may_be_gone=prune)
-        folder = None if thumbnails is None else ThumbnailFolder(thumbnails)
+        name = f"{self.store.place} {self.store.collection}"
+        folder = None if thumbnails is None else ThumbnailFolder(thumbnails, name)
         with self._indexing:
             encoder = self._prepare_collection()
             if llama_index:

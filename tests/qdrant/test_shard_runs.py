@@ -371,7 +371,7 @@ class TestFaults:
         def fail(data: bytes, name: str) -> Any:  # noqa: ANN401
             raise kind(name, "pillow_heif is not installed")
 
-        before, options = world.paths, {"thumbnails": ThumbnailFolder(tmp_path / "small")}
+        before, options = world.paths, {"thumbnails": ThumbnailFolder(tmp_path / "small", "images")}
         with monkeypatch.context() as patch:
             patch.setattr("cocoa_embed.integrations.qdrant.indexing.embed_records.decode_image", fail)
             assert counts(world.run(**options)) == (0, 0, 0, 0, 0, 10)
@@ -381,9 +381,9 @@ class TestFaults:
 
 
 def test_newly_requested_thumbnails_and_fields_reach_skipped_shards(world: World, tmp_path: Path) -> None:
-    assert world.run(thumbnails=ThumbnailFolder(tmp_path / "small")).unchanged == 10
+    assert world.run(thumbnails=ThumbnailFolder(tmp_path / "small", "images")).unchanged == 10
     assert len(list((tmp_path / "small").rglob("*.jpg"))) == 9
-    assert world.run(thumbnails=ThumbnailFolder(tmp_path / "small"), llama_index=True).unchanged == 10
+    assert world.run(thumbnails=ThumbnailFolder(tmp_path / "small", "images"), llama_index=True).unchanged == 10
     assert all("_node_content" in payload for _, payload in world.store.scan(None))
     assert world.embedded == 0
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,8 +17,7 @@ import PIL
 from cocoa_embed import __version__
 from cocoa_embed.errors import one_line, printable
 from cocoa_embed.folders import cache_folder
-from cocoa_embed.integrations.qdrant.indexing.merge import DESCRIPTION_KEYS
-from cocoa_embed.integrations.qdrant.points import is_in_shard, own_locations
+from cocoa_embed.integrations.qdrant.points import HELD_KEYS, is_in_shard, own_locations
 from cocoa_embed.integrations.qdrant.stores.base import with_any_of
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ CREATE INDEX IF NOT EXISTS fault_shards ON faults (shard);
 SOFTWARE = f"cocoa-embed {__version__}, Pillow {PIL.__version__}"
 """The software that could not read some content; other versions may read it."""
 
-SAMPLED_POINTS = 100
+SAMPLED_POINTS = 20
 """Points of a shard that are compared with those that a run has left: if an older collection was restored, or another
 one is in its place, nearly all of them differ."""
 
@@ -72,24 +70,20 @@ class Fault(NamedTuple):
 def state_of_points(store: Store, shard: str) -> str:
     """Return what identifies the points of a shard: their number, and a digest of some; empty if there are none.
 
-    The digest is of what reading the shard has stored: content, mtimes and descriptions.
+    The digest is of content and mtimes. Descriptions may be those of other files with the same content.
 
     :param shard: The key of the shard, as payloads have it.
     """
     condition = with_any_of("shard", [shard])
-    sample = list(store.points(condition, limit=SAMPLED_POINTS))
+    sample = list(store.scan(HELD_KEYS, condition, limit=SAMPLED_POINTS))
     if not sample:
         return ""
     count = len(sample) if len(sample) < SAMPLED_POINTS else store.count(condition)
     rows = [
-        [
-            id_,
-            [[each.path, each.mtime] for each in own_locations(id_, payload) if is_in_shard(each.path, shard)],
-            [payload.get(key) for key in DESCRIPTION_KEYS],
-        ]
-        for id_, payload, *_ in sample
+        [id_, [[each.path, each.mtime] for each in own_locations(id_, payload) if is_in_shard(each.path, shard)]]
+        for id_, payload in sample
     ]
-    return f"{count} {hashlib.blake2b(json.dumps(rows, sort_keys=True).encode(), digest_size=16).hexdigest()}"
+    return f"{count} {hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()}"
 
 
 def open_manifest(place: str | None, collection: str, fingerprint: str | None) -> Manifest:
@@ -106,7 +100,7 @@ def manifest_file(collection: str) -> Path:
 
     :param collection: Names the collection and where it is.
     """
-    name = hashlib.blake2b(os.fsencode(collection), digest_size=12).hexdigest()
+    name = hashlib.blake2b(collection.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
     return cache_folder() / "collections" / f"{name}.sqlite"
 
 

@@ -121,8 +121,6 @@ class IndexRun:
 
     def __post_init__(self) -> None:
         self.embed = self.store.embed
-        if self.thumbnails is not None:
-            self.thumbnails = ThumbnailFolder(self.thumbnails.folder, f"{self.store.place} {self.store.collection}")
         self._merger = Merger(self._is_missing, self.llama_index)
 
     def run(self, batch_size: int) -> None:
@@ -201,7 +199,7 @@ class IndexRun:
     def _read_shard(self, shard: Shard, number: int) -> Iterator[Record]:
         """Yield the records of a shard, and remember it when they are all stored."""
         progress = self._shards[shard.key] = ShardProgress(self._version(shard.version))
-        progress.is_unpruned = not self.prune and self._points_of(shard.key) != ""
+        progress.is_unpruned = not self.prune and self.store.count(with_any_of("shard", [storable(shard.key)])) > 0
         self.manifest.reopen(storable(shard.key))
         for record in self._good_records(shard, number, progress):
             progress.records += 1

@@ -31,14 +31,14 @@ class ThumbnailFolder:
     Each collection has its own subfolder: the points of several have the same ids, and each removes its thumbnails.
     """
 
-    def __init__(self, folder: str | Path, collection: str | None = None) -> None:
+    def __init__(self, folder: str | Path, collection: str) -> None:
         """Create the folder if needed, with the marker that makes the search for images pass it over.
 
-        :param collection: Names the collection and where it is; None to write into the folder itself.
+        :param collection: Names the collection and where it is.
         :raises CocoaError: If it cannot be created, or holds something else.
         """
         self.folder = Path(os.path.abspath(folder))
-        name = "" if collection is None else hashlib.blake2b(os.fsencode(collection), digest_size=6).hexdigest()
+        name = hashlib.blake2b(collection.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
         self._own_folder = self.folder / name
         check_folder(self.folder)
         with readable_errors("folder for thumbnails", folder):

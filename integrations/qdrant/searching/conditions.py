@@ -59,6 +59,11 @@ class AnyPlace(Or):
 
 
 @dataclass(frozen=True)
+class TextOrPeriod(Or):
+    """A column equals a text, or is within the period that the text names; it is of one kind or of the other."""
+
+
+@dataclass(frozen=True)
 class Not:
     """The condition does not hold; true where the field is missing."""
 

@@ -81,8 +81,8 @@ def _compare(key: str, operator: str, choices: Sequence[str]) -> Condition:
         limits = [limit for value in values for limit in (value if is_year(value[0]) else value[:1])]
         return any_of(conditions.compare(key, BOUNDS[operator], limit) for limit in limits)
     equal = conditions.one_of(key, [value for alternatives in values for value in alternatives])
-    dates = filter(is_date, choices if type_ is None else ())
-    return any_of([equal, *(conditions.in_period(key, date) for date in dates)])
+    periods = [conditions.in_period(key, choice) for choice in choices if type_ is None and is_date(choice)]
+    return conditions.TextOrPeriod((equal, *periods)) if periods else equal
 
 
 def is_date(choice: str) -> bool:

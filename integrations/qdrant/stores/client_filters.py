@@ -66,15 +66,18 @@ def _convert(condition: tree.Condition, indexes: Indexes) -> models.Condition:
         case tree.AnyPlace(parts):
             indexed = [part for part in parts if indexes is None or part.path in indexes]
             return models.Filter(should=[_convert(part, indexes) for part in indexed or parts])
-        case tree.Or(parts):
-            served = [part for part in parts if indexes is None or _serves_times(indexes, part)]
+        case tree.TextOrPeriod(parts):
+            served = [part for part in parts if indexes is None or _is_served(part, indexes)]
             return models.Filter(should=[_convert(part, indexes) for part in served or parts])
+        case tree.Or(parts):
+            return models.Filter(should=[_convert(part, indexes) for part in parts])
         case tree.Not(negated):
             return models.Filter(must_not=[_convert(negated, indexes)])
         case tree.OneOf(path, values):
             return models.Filter(should=_equal_to_one_of(path, values, indexes))
         case tree.Range(path, bounds):
-            limits: Any = models.DatetimeRange if _is_of_times(condition) else models.Range
+            is_time = any(isinstance(bound, datetime) for bound in bounds.values())
+            limits: Any = models.DatetimeRange if is_time else models.Range
             return models.FieldCondition(key=path, range=limits(**bounds))
         case tree.HasWords(path, text):
             return models.FieldCondition(key=path, match=models.MatchText(text=text))
@@ -84,15 +87,12 @@ def _convert(condition: tree.Condition, indexes: Indexes) -> models.Condition:
             return models.Filter(must_not=[empty, *(_equal_to_one_of(path, [""], None) if has_texts else [])])
 
 
-def _serves_times(indexes: Mapping[str, str], condition: tree.Condition) -> bool:
-    """Return whether a condition compares no times, or an index of times serves it: a value may be a text or a date."""
-    places = condition.conditions if isinstance(condition, tree.AnyPlace) else (condition,)
-    times = [each.path for each in places if isinstance(each, tree.Range) and _is_of_times(each)]
-    return not times or any(indexes.get(path) == "datetime" for path in times)
-
-
-def _is_of_times(condition: tree.Range) -> bool:
-    return any(isinstance(bound, datetime) for bound in condition.bounds.values())
+def _is_served(condition: tree.Condition, indexes: Mapping[str, str]) -> bool:
+    """Return whether an index serves what a part of a ``TextOrPeriod`` compares: times, or texts and numbers."""
+    places: Any = condition.conditions if isinstance(condition, tree.AnyPlace) else (condition,)
+    return any(
+        each.path in indexes and (indexes[each.path] == "datetime") == isinstance(each, tree.Range) for each in places
+    )
 
 
 def _equal_to_one_of(path: str, values: Sequence[tree.Scalar], indexes: Indexes) -> list[models.Condition]:

@@ -90,13 +90,17 @@ class Store(ABC):
         :raises CocoaError: If it exists with another signature or another dimension.
         """
 
-    def scan(self, keys: Sequence[str] | None, condition: models.Filter | None = None) -> Iterator[tuple[str, Payload]]:
+    def scan(
+        self, keys: Sequence[str] | None, condition: models.Filter | None = None, *, limit: int | None = None
+    ) -> Iterator[tuple[str, Payload]]:
         """Yield the id of every point and the values of ``keys`` in its payload; the whole payload if they are None.
 
         :param condition: Yield only these points.
+        :param limit: The maximum number of points; None for all.
         """
         fields: Any = True if keys is None else list(keys) or False
-        for record in self._records(condition, self.scroll_limit, with_payload=fields, with_vectors=False):
+        page = min(limit or self.scroll_limit, self.scroll_limit)
+        for record in islice(self._records(condition, page, with_payload=fields, with_vectors=False), limit):
             yield str(record.id), record.payload or {}
 
     def retrieve(self, ids: Sequence[str]) -> dict[str, Payload]:

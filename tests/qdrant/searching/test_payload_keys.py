@@ -110,6 +110,8 @@ class TestStrictServer:
         assert found(points, "licence") == [1, 2]
         assert found(points, "licence=CC0|1900") == [1], "a number is no keyword"
         assert found(points, "licence=CC0|2026-01-31") == [1], "a date may be a text"
+        points.create_payload_index("mixed", "datetime")
+        assert found(points, "mixed=2026-01-31") == [], "and a text a date"
         with pytest.raises(UsageError, match=r"keyword index of licence does not serve .* one of: text"):
             found(points, "licence~CC0")
         server.indexes["images"].pop("caption")
