@@ -8,7 +8,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from llama_index.core.base.embeddings.base import Embedding
@@ -66,9 +65,7 @@ class CocoaEmbedding(MultiModalEmbedding):
     model_kwargs: dict[str, Any] = Field(
         default_factory=dict, frozen=True, description="Options of the Transformers model."
     )
-    fingerprint: str | None = Field(
-        default=None, description="The digest of the model that the settings are of; any other is refused."
-    )
+    fingerprint: str | None = Field(default=None, description="The model's digest; any other model is refused.")
     embeddings_cache: Any | None = Field(default=None, exclude=True, description="A LlamaIndex store of embeddings.")
     _encoder: Encoder | None = PrivateAttr(default=None)
     _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
@@ -79,7 +76,7 @@ class CocoaEmbedding(MultiModalEmbedding):
 
     def __init__(
         self,
-        model_name: str | Path | None = None,
+        model_name: str | os.PathLike[str] | None = None,
         *,
         model: SentenceTransformer | Encoder | None = None,
         dimension: int | None = None,
@@ -99,11 +96,11 @@ class CocoaEmbedding(MultiModalEmbedding):
         :raises UsageError: If the model has fewer dimensions, there is no such option, or the name of a model is given
             for a loaded one or the reverse.
         """
-        if not isinstance(model_name, str | Path | None):
+        if not isinstance(model_name, str | os.PathLike | None):
             raise UsageError(f"model_name is a {type(model_name).__name__}; give a loaded model as model=")
-        if isinstance(model, str | Path):
+        if isinstance(model, str | os.PathLike):
             raise UsageError(
-                f"model is the name {str(model)!a}; give a name as model_name, and a loaded model as model"
+                f"model is the name {os.fspath(model)!a}; give a name as model_name, and a loaded model as model"
             )
         kwargs.pop("class_name", None)  # LlamaIndex's serializer adds it
         if unknown := kwargs.keys() - type(self).model_fields.keys():
@@ -113,9 +110,9 @@ class CocoaEmbedding(MultiModalEmbedding):
             )
         if model_name is None:
             model_name = DEFAULT_MODEL if model is None else model.name if isinstance(model, Encoder) else "the model"
-        super().__init__(**{**kwargs, "model_name": str(model_name), "dimension": dimension})
+        super().__init__(**{**kwargs, "model_name": os.fspath(model_name), "dimension": dimension})
         if model is not None:
-            self._encoder = self._same(model if isinstance(model, Encoder) else Encoder(model, self.model_name))
+            self._encoder = self._checked(model if isinstance(model, Encoder) else Encoder(model, self.model_name))
             self.dimension = dimension or self._encoder.dimension
         self.encoder.require_images()
         self.dimension = self.encoder.dimension
@@ -136,21 +133,21 @@ class CocoaEmbedding(MultiModalEmbedding):
                     cache_folder=self.cache_folder,
                     model_kwargs=self.model_kwargs,
                 )
-                self._encoder = self._same(loaded)
+                self._encoder = self._checked(loaded)
             if self.dimension != self._encoder.dimension:
                 self._encoder = self._encoder.truncate(self.dimension)
             return self._encoder
 
-    def _same(self, encoder: Encoder) -> Encoder:
-        """Return a model, if it embeds as the one that the settings are of.
+    def _checked(self, encoder: Encoder) -> Encoder:
+        """Return the model if its fingerprint is the expected one.
 
-        :raises CocoaError: If it does not.
+        :raises CocoaError: If it is not.
         """
-        if self.fingerprint not in (None, encoder.fingerprint):
+        if self.fingerprint is not None and self.fingerprint != encoder.fingerprint:
             raise CocoaError(
                 f"the embedding was made with another model (fingerprint {self.fingerprint:.12}) than {encoder.name}"
-                f" ({encoder.fingerprint:.12}); give the model that made it as model=, with the same max_pixels; for"
-                " other processes, save that model to a folder, and make the embedding with the folder's name"
+                f" ({encoder.fingerprint:.12}); give the model that made it as model=, with the same max_pixels and"
+                " dtype; for other processes, save that model to a folder, and give the folder as model_name"
             )
         return encoder
 
@@ -162,8 +159,10 @@ class CocoaEmbedding(MultiModalEmbedding):
     @model_serializer(mode="wrap")
     def custom_model_dump(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
         """Return the settings and the fingerprint, computed only now: a pipeline's cache tells models apart by it."""
-        fingerprint = self.fingerprint if self._encoder is None else self._encoder.fingerprint
-        return {**super().custom_model_dump(handler, info), "fingerprint": fingerprint}
+        settings = super().custom_model_dump(handler, info)
+        if self._encoder is not None and "fingerprint" in settings:
+            settings["fingerprint"] = self._encoder.fingerprint
+        return settings
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> CocoaEmbedding:
         """Return a copy that shares the model."""

@@ -76,7 +76,7 @@ def image_of(node: BaseNode) -> str | BytesIO | None:
 
 
 def load_source(source: ImageSource, allowed_hosts: Sequence[str]) -> ImageSource:
-    """Load an image given as a text, as ``read_source`` reads it; return one of any other form unchanged.
+    """Load an image given by its path, address or ``data:`` URI; return one of any other form unchanged.
 
     :raises ImageError: If it cannot be used.
     """
@@ -114,7 +114,7 @@ def text_of(node: BaseNode) -> str:
 
 
 def refuse_other_media(node: BaseNode) -> None:
-    """Refuse a node without an image that has no text either, but is not a text: an image that is missing, or a sound.
+    """Refuse a node with nothing to embed: an image node without its image, or a sound or video without a text.
 
     A text may be empty, as a blank page is.
 
@@ -158,7 +158,7 @@ class StoredImage(ImageNode):
     def resolve_image(self) -> ImageType:
         """Return the path of the image if it is a file, or else its bytes, or those of its thumbnail.
 
-        :raises ImageError: If none can be read.
+        :raises ImageError: If none of them can be read.
         """
         if self.image and (source := image_of(self)) is not None:
             return BytesIO(read_image_source(source)[0])

@@ -15,7 +15,6 @@ from cocoa_embed.errors import UsageError
 from cocoa_embed.integrations.llama_index.filters import to_condition
 from cocoa_embed.integrations.llama_index.nodes import load_source, to_node
 from cocoa_embed.integrations.qdrant.searching.conditions import Condition, Exists, Not, OneOf
-from cocoa_embed.integrations.qdrant.stores.base import MAX_DIVERSE_HITS, MAX_HITS
 
 if TYPE_CHECKING:
     from qdrant_client import models
@@ -23,9 +22,12 @@ if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 
 NODE_TYPE = "_node_type"
-"""The payload key of a node's class. Whether a ``Node`` or a ``Document`` is an image, only its content says."""
+"""The payload key of a node's class. Only its content says whether a ``Node`` or ``Document`` is an image."""
 ALWAYS_TEXTS = OneOf(NODE_TYPE, ("TextNode", "IndexNode"))
 ALWAYS_IMAGES = OneOf(NODE_TYPE, ("ImageNode", "ImageDocument"))
+AMBIGUOUS = OneOf(NODE_TYPE, ("Document", "Node"))
+AMBIGUOUS_HITS = 256
+"""How many of the nearest nodes of an ambiguous class are looked through, or as many as are asked for if more."""
 
 
 class CocoaRetriever(MultiModalRetriever):
@@ -36,7 +38,8 @@ class CocoaRetriever(MultiModalRetriever):
     An ``embedding`` in the query is ignored: LlamaIndex's retrievers leave the embeddings of other models there. It has
     the methods of LlamaIndex's ``MultiModalVectorIndexRetriever``. A pickled retriever opens its collection again at
     use. Its image nodes are ``StoredImage``s, which show a chat model image and caption, even if the image is not a
-    file of its own (``report.pdf#page=3``, ``a.tar#0.jpg``, ``s3://...``).
+    file of its own (``report.pdf#page=3``, ``a.tar#0.jpg``, ``s3://...``). The ``search`` of a subclass of
+    ``QdrantIndexer`` is not called.
     """
 
     def __init__(
@@ -130,29 +133,34 @@ class CocoaRetriever(MultiModalRetriever):
         """Return the nearest nodes.
 
         :param conditions: Conditions on the payload, next to those of the retriever.
-        :param keep: Which nodes to return, where the payload does not tell; as many more are searched as this needs.
+        :param keep: Which nodes to return, where the conditions do not tell. If it leaves too few, the nodes of a
+            certain class and those of an ambiguous one are searched separately.
         """
         from cocoa_embed.integrations.llama_index.one_query import OneQuery
 
         texts = [text for text in query.embedding_strs if text]
         image = None if query.image_path is None else load_source(query.image_path, self.allowed_hosts)
         searcher = OneQuery(self._indexer, texts)
-        size, most = limit, MAX_HITS if self.diversity is None else MAX_DIVERSE_HITS
-        while True:
+
+        def search(size: int, *more: Condition) -> list[NodeWithScore]:
             hits = searcher.search(
                 texts[0] if texts else None,
                 image,
                 limit=size,
                 score_threshold=self.score_threshold,
-                query_filter=[*conditions, *([] if self.query_filter is None else [self.query_filter])],
+                query_filter=[*conditions, *more, *([] if self.query_filter is None else [self.query_filter])],
                 diversity=self.diversity,
                 vectors=self.vectors,
             )
-            nodes = [to_node(hit, self.allowed_hosts) for hit in hits]
-            kept = nodes if keep is None else [each for each in nodes if keep(each.node)]
-            if len(kept) >= limit or len(hits) < size or size == most:
-                return kept[:limit]
-            size = min(4 * size, most)
+            return [to_node(hit, self.allowed_hosts) for hit in hits]
+
+        nodes = search(limit)
+        kept = [each for each in nodes if keep is None or keep(each.node)]
+        if len(nodes) < limit or len(kept) == limit or not conditions:  # without them, no filter may be on the class
+            return kept
+        nodes = [*search(limit, Not(AMBIGUOUS)), *search(max(limit, AMBIGUOUS_HITS), AMBIGUOUS)]
+        kept = [each for each in nodes if keep is None or keep(each.node)]
+        return sorted(kept, key=NodeWithScore.get_score, reverse=True)[:limit]
 
 
 def is_image(node: BaseNode) -> bool:

@@ -1,6 +1,7 @@
 import asyncio
 import copy
 import multiprocessing
+import os
 import pickle
 import time
 from base64 import b64encode, urlsafe_b64encode
@@ -121,6 +122,17 @@ def test_settings_are_serialised(model_folder: Path) -> None:
         assert loaded.get_query_embedding("a red ring") == embedding.get_query_embedding("a red ring")
 
 
+def test_the_fingerprint_is_computed_only_if_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[Encoder] = []
+    monkeypatch.setattr(Encoder, "fingerprint", property(lambda encoder: computed.append(encoder) or "f" * 64))
+    embedding = CocoaEmbedding(model=FakeModel())
+    assert embedding.get_text_embedding("red")
+    assert embedding.model_dump(include={"model_name"}).keys() == {"model_name", "class_name"}
+    assert "fingerprint" not in embedding.model_dump(exclude={"fingerprint"})
+    assert not computed
+    assert embedding.model_dump()["fingerprint"] == "f" * 64
+
+
 def test_a_copy_shares_the_model(embedding: CocoaEmbedding) -> None:
     for copied in (copy.copy(embedding), copy.deepcopy(embedding), embedding.model_copy(deep=True)):
         assert copied.encoder is embedding.encoder
@@ -133,6 +145,8 @@ def test_a_copy_shares_the_model(embedding: CocoaEmbedding) -> None:
 def test_a_pickled_embedding_loads_its_model_when_it_is_needed(real: CocoaEmbedding, model_folder: Path) -> None:
     pickled = pickle.dumps(real)
     assert len(pickled) < 2000
+    (entry,) = (each for each in os.scandir(model_folder.parent) if each.name == model_folder.name)
+    assert CocoaEmbedding(entry, device="cpu").model_name == str(model_folder), "any path-like object is a name"
     other = pickle.loads(pickled)
     assert (other.to_dict(), other._encoder) == (real.to_dict(), None)
     assert other.get_text_embedding("a red ring") == real.get_text_embedding("a red ring")
@@ -153,7 +167,7 @@ def test_a_model_that_embeds_differently_is_refused_and_has_its_own_cache(
     again = pickle.loads(pickle.dumps(other))
     assert again.to_dict() == other.to_dict(), "before its model is loaded, too"
     for load in (lambda: again.get_text_embedding("red"), lambda: CocoaEmbedding.from_dict(other.to_dict())):
-        with pytest.raises(CocoaError, match=r"with another model \(fingerprint \w{12}\) than .* same max_pixels"):
+        with pytest.raises(CocoaError, match=r"another model \(fingerprint \w{12}\) than .* same max_pixels and dtype"):
             load()
     assert CocoaEmbedding.from_dict(other.to_dict(), model=FakeModel(seed=1)).get_text_embedding("red")
     for loaded in (
@@ -166,7 +180,7 @@ def test_a_model_that_embeds_differently_is_refused_and_has_its_own_cache(
     assert len({get_transformation_hash([TextNode(text="red")], each) for each in (same, other)}) == 2
 
 
-def test_the_dimension_truncates_the_embeddings() -> None:
+def test_the_dimension_truncates_the_embeddings(files: list[str]) -> None:
     assert CocoaEmbedding(model=FakeModel()).dimension == 48
     encoder = Encoder(FakeModel(), dimension=12)
     assert CocoaEmbedding(model=encoder).dimension == 12
@@ -178,7 +192,8 @@ def test_the_dimension_truncates_the_embeddings() -> None:
             CocoaEmbedding(model=FakeModel(), dimension=dimension)
     embedding.dimension = 12
     for changed in (embedding, embedding.model_copy(update={"dimension": 6})):
-        assert len(changed.get_text_embedding("red")) == len(changed.get_image_embedding_batch([])) + changed.dimension
+        image = changed.get_image_embedding(files[0])
+        assert len(changed.get_text_embedding("red")) == len(image) == changed.dimension
     embedding.dimension = 49
     with pytest.raises(UsageError, match="embeddings of 48 dimensions, not of 49"):
         embedding.get_text_embedding("red")

@@ -123,20 +123,25 @@ def test_it_has_the_methods_and_defaults_of_llama_indexs_retriever(
 
 
 def test_a_node_or_a_document_is_a_text_or_an_image_by_its_content(
-    embedding: CocoaEmbedding, client: QdrantClient, files: list[str]
+    embedding: CocoaEmbedding, client: QdrantClient, files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nodes = [
-        *[Node(text_resource=MediaResource(text="red")) for _ in range(9)],
+        *[Node(text_resource=MediaResource(text="red")) for _ in range(200)],
         *[Document(image_resource=MediaResource(path=Path(file))) for file in files[:2]],
         *[ImageNode(image_path=file) for file in files[2:]],
     ]
     store = QdrantVectorStore("mixed", client=client)
     IngestionPipeline(transformations=[embedding], vector_store=store, disable_cache=True).run(nodes=nodes)
     indexer = QdrantIndexer(embedding.encoder, client=client, collection="mixed")
+    requests: list[int] = []
+    search = indexer.store.search_batch
+    monkeypatch.setattr(indexer.store, "search_batch", lambda queries: requests.append(1) or search(queries))
     for limit in (3, 4, 5):
+        requests.clear()
         retriever = CocoaRetriever(indexer, limit)
         images = paths(retriever.text_to_image_retrieve("red"))
         assert (images[0], len(images)) == (files[0], min(limit, 4))
+        assert len(requests) == 3, "as many as for any number of texts"
         assert [each.node.get_content() for each in retriever.text_retrieve("blue")] == ["red"] * limit
     embedded = len(embedding.encoder.model.queries)
     assert len(retriever.text_to_image_retrieve("red")) == 4
@@ -157,8 +162,12 @@ def test_several_texts_are_one_query_with_the_mean_of_their_embeddings(
     mean = (red + blue) / np.linalg.norm(red + blue)
     assert found.score == pytest.approx(max(mean @ red, mean @ blue), abs=1e-5)
     assert mean @ image < found.score
-    CocoaRetriever(indexer).retrieve(QueryBundle("", image_path=files[1], custom_embedding_strs=texts))
+    (both, *_) = CocoaRetriever(indexer).retrieve(QueryBundle("", image_path=files[1], custom_embedding_strs=texts))
     assert [sorted(item) for item in indexer.encoder.model.queries[-2:]] == [["image", "text"]] * 2
+    picture = Image.open(files[1]).convert("RGB")
+    mean = indexer.encoder.embed_queries([{"text": text, "image": picture} for text in ("red", "blue")]).mean(axis=0)
+    document = indexer.encoder.embed_documents([{"image": Image.open(both.node.image_path).convert("RGB")}])[0]
+    assert both.score == pytest.approx(mean @ document / np.linalg.norm(mean), abs=1e-5)
 
 
 def test_what_is_no_indexer_and_hosts_that_are_no_list_are_refused(
