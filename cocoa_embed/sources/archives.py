@@ -7,11 +7,11 @@ import logging
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
-from posixpath import splitext
+from posixpath import normpath, splitext
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 from unicodedata import normalize
 
@@ -65,13 +65,18 @@ class Member(NamedTuple):
 
 def stem_of(name: str) -> str:
     """Return the name of a file without its suffix."""
-    return splitext(name)[0]
+    return splitext(normpath(name))[0]
 
 
 def sample_of(name: str) -> str:
     """Return what the files of one sample of a WebDataset have in common: the name up to the first dot."""
-    folder, slash, file = name.rpartition("/")
+    folder, slash, file = normpath(name).rpartition("/")
     return folder + slash + (file.split(".")[0] or file)
+
+
+def path_of(file: ShardFile, name: str) -> str:
+    """Return the path of a file in an archive, as it is counted if it is passed over."""
+    return f"{file.key}/{PurePosixPath(name.lstrip('/'))}"
 
 
 # Both are in every version of Python, though its documentation does not name them.
@@ -105,13 +110,16 @@ def read_archive(file: ShardFile) -> Iterator[Record]:
     faults: list[Exception] = []
     columns = cache(lambda: columns_beside(file.place))
     apart = ApartDescriptions()
-    for sample in samples(until_error(read_members(file), faults)):
+    tables: list[str] = []
+    unread: set[str] = set()
+    for sample in samples(until_error(read_members(file, tables, unread), faults)):
         apart.look_at(sample)
-        for image, metadata in describe_images(sample, columns):
+        for image, metadata in describe_images(sample, columns, unread):
             record = file.make_record(image.name, image.content, metadata)
             # The description of the last image may be in the part that cannot be read.
             yield replace(record, checked_sources=frozenset()) if faults else record
     apart.report(file)
+    report_tables(file, tables)
     for fault in faults:
         raise fault
 
@@ -124,7 +132,7 @@ class ApartDescriptions:
         self._images: set[str] = set()
         """The names of images without their suffixes, and of their samples."""
         self._alone: dict[str, str] = {}
-        """The descriptions without an image beside them, each with the name that an image elsewhere would have."""
+        """The descriptions without an image beside them, each with its name without the suffix."""
 
     def look_at(self, sample: Sequence[Member]) -> None:
         """Note the images of a sample, and the descriptions whose image is not in it."""
@@ -133,18 +141,18 @@ class ApartDescriptions:
         self._images |= described
         for member in sample:
             if member.suffix in DESCRIPTIONS and member.stem not in described:
-                self._alone[member.name] = member.stem if images else member.sample
+                self._alone[member.name] = member.stem
 
     def report(self, file: ShardFile) -> None:
         """Count those whose image was elsewhere, and log what to do."""
         found = [name for name, image in self._alone.items() if image in self._images]
         for name in found:
-            file.passed_over.note(f"{file.key}/{name}", "description apart from its image")
+            file.passed_over.note(path_of(file, name), "description apart from its image")
         if found:
             logger.warning(
-                "%s: %d descriptions do not describe their images, as they are apart from them, such as %s; pack the "
-                "files in the order of their names, as tar --sort=name does",
-                *(printable(file.key), len(found), printable(found[0])),
+                "%s: %d description%s, such as %s, did not reach the image of the same name, as the two are apart in "
+                "the archive; pack the files in the order of their names, as tar --sort=name does",
+                *(printable(file.key), len(found), "s" if len(found) > 1 else "", printable(found[0])),
             )
 
 
@@ -164,7 +172,7 @@ def samples(members: Iterable[Member]) -> Iterator[list[Member]]:
 
 
 def describe_images(
-    sample: Sequence[Member], columns: Callable[[], Mapping[str, Mapping[str, Any]]]
+    sample: Sequence[Member], columns: Callable[[], Mapping[str, Mapping[str, Any]]], unread: Collection[str]
 ) -> Iterator[tuple[Member, dict[str, Any]]]:
     """Yield the images of a sample with their metadata.
 
@@ -172,6 +180,7 @@ def describe_images(
     the sample ``2024``, but does not describe ``2024.01.06.jpg``.
 
     :param columns: Returns the metadata of samples, by name.
+    :param unread: The stems of images that are passed over; a text of such an image describes no other.
     """
     images = [each for each in sample if is_image_name(each.name)]
     if not images:
@@ -179,7 +188,8 @@ def describe_images(
     shared = dict(columns().get(PurePosixPath(sample[0].sample).name, {}))
     own: dict[str, dict[str, Any]] = {image.stem: {} for image in images}
     for each in sample:
-        if each.suffix in DESCRIPTIONS and isinstance(each.content, bytes):
+        is_used = each.stem in own or each.stem == each.sample or each.stem not in unread
+        if is_used and each.suffix in DESCRIPTIONS and isinstance(each.content, bytes):
             own.get(each.stem, shared).update(without_blank_texts(read_description(each.suffix, each.content)))
     for image in images:
         yield image, shared | own[image.stem]
@@ -223,18 +233,20 @@ def columns_beside(place: Place) -> dict[str, dict[str, Any]]:
         raise ImageError(str(table), f"cannot be read ({one_line(error)})") from error
 
 
-def read_members(file: ShardFile) -> Iterator[Member]:
+def read_members(file: ShardFile, tables: list[str], unread: set[str]) -> Iterator[Member]:
     """Yield the images of an archive (the first of those with one name) and the files that describe them, in order.
 
     In a zip file on this machine, the files of a sample follow each other, wherever they are in the file.
 
+    :param tables: Receives the names of the metadata files of image folders, which are not read.
+    :param unread: Receives the names, without suffixes, of images that are passed over.
     :raises Exception: If it cannot be read, or is broken after the files that were yielded.
     """
     names: set[str] = set()
 
     def on_link(name: str) -> None:
         if is_image_name(name):
-            file.passed_over.note(f"{file.key}/{name}", "link in an archive")
+            file.passed_over.note(path_of(file, name), "link in an archive")
 
     # A remote file reads ahead: from one place to another and back, it would fetch megabytes for each file.
     by_sample = isinstance(file.place, Path)
@@ -246,12 +258,14 @@ def read_members(file: ShardFile) -> Iterator[Member]:
             most = MAX_IMAGE_BYTES if is_image else MAX_DESCRIPTION_BYTES
             key = f"{file.key}#{name}"
             read_once = cache(read)  # a tar file is read as a stream, where no file can be read twice
-            path = f"{file.key}/{PurePosixPath(name.lstrip('/'))}"
+            path = path_of(file, name)
             try:
                 if file.passed_over.has_entry(path, file.key, partial(_start, read_once, size)):
+                    unread.update({stem_of(name)} if is_image else ())
                     continue
                 if is_table:
-                    report_table(file, name)
+                    file.passed_over.note(path, "metadata file in an archive")
+                    tables.append(name)
                 elif is_image and name in names:
                     file.passed_over.note(path, "name again in an archive")
                 elif 0 < size <= most:
@@ -263,13 +277,14 @@ def read_members(file: ShardFile) -> Iterator[Member]:
             names.add(name)
 
 
-def report_table(file: ShardFile, name: str) -> None:
-    """Count a metadata file of an image folder that was packed whole, and log what to do."""
-    file.passed_over.note(f"{file.key}/{name}", "metadata file in an archive")
-    logger.warning(
-        "%s: %s is not read; unpack the archive and index the folder, or give each image a .txt or .json of its name",
-        *(printable(file.key), printable(name)),
-    )
+def report_tables(file: ShardFile, tables: Sequence[str]) -> None:
+    """Log what to do about the metadata files of image folders that were packed whole."""
+    if tables:
+        logger.warning(
+            "%s: metadata files in an archive are not read (%d, such as %s); unpack it and index the folder, or give "
+            "each image a .txt or .json of its name",
+            *(printable(file.key), len(tables), printable(tables[0])),
+        )
 
 
 def read_member(opened: BinaryIO, file: str, name: str) -> bytes:
@@ -320,12 +335,17 @@ def read_entries(
                 on_link(member.name)
 
 
-def sorted_by_sample(entries: Iterable[zipfile.ZipInfo]) -> list[zipfile.ZipInfo]:
-    """Return entries with those of a sample together, and in it those of a name; the first of each keep their order."""
+def sorted_by_sample(entries: Sequence[zipfile.ZipInfo]) -> list[zipfile.ZipInfo]:
+    """Return entries with those of a sample together, and in it those of a name; the first of each keep their order.
+
+    A file joins a sample elsewhere only if it is an image, or has the whole name of one or of the sample.
+    """
+    images = {stem_of(entry.filename) for entry in entries if is_image_name(entry.filename)}
     places: dict[str, int] = {}
 
     def place(entry: zipfile.ZipInfo) -> list[int]:
-        names = (sample_of(entry.filename), stem_of(entry.filename))
+        sample, stem = sample_of(entry.filename), stem_of(entry.filename)
+        names = (sample if stem in images else stem, stem)
         return [places.setdefault(name, len(places)) for name in names]
 
     return sorted(entries, key=place)

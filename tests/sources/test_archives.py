@@ -231,21 +231,39 @@ def test_descriptions_apart_from_their_images_are_used_in_a_zip_file_and_reporte
     else:
         assert found == {**beside, "2024.02.png": {}}
         assert passed_over.counts == {"description apart from its image": 4}
-        assert f"{name}: 4 descriptions do not describe their images, as they are apart from them, such" in caplog.text
+        assert f"{name}: 4 descriptions, such as p/" in caplog.text
         assert "tar --sort=name" in caplog.text
 
 
-def test_a_text_that_describes_another_image_of_its_sample_is_reported(tmp_path: Path) -> None:
+def test_a_text_that_describes_another_image_of_its_sample_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     members = {"2024.1.png": png(1), "2024.2.txt": b"2", "x.png": png(2), "2024.2.png": png(3), "2024.json": b"{}"}
     (tmp_path / "a.tar").write_bytes(tar(members.items()))
     passed_over = PassedOver()
     read(all_sources([tmp_path / "a.tar"], passed_over=passed_over))
     assert passed_over.counts == {"description apart from its image": 1}
+    assert "a.tar: 1 description, such as 2024.2.txt, did not reach the image of the same name" in caplog.text
+
+
+@pytest.mark.parametrize("excluded", [(), ("*.03.png",)])
+def test_a_text_in_a_zip_file_whose_image_is_missing_or_excluded_describes_no_other(
+    tmp_path: Path, excluded: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    images = ["2024.01.png", "./2024.02.png", "z.png", *(["2024.03.png"] if excluded else [])]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number, name in enumerate(images):
+            archive.writestr(name, png(number))
+        for name in ("y.txt", "2024.03.txt", "2024.02.txt"):
+            archive.writestr(name, name)
+    metadata = read(tmp_path / "a.zip", exclude=excluded).metadata
+    assert [columns.get("text") for columns in metadata.values()] == [None, "2024.02.txt", None]
+    assert "did not reach" not in caplog.text
 
 
 def test_the_files_of_a_sample_that_is_split_are_next_to_each_other_in_a_zip_file() -> None:
     names = ["d/", "/", "2024.1.png", "b.png", "2024.2.png", "2024.1.txt", "b.txt", "2024.2.txt", "b.png"]
-    found = [entry.filename for entry in archives.sorted_by_sample(map(zipfile.ZipInfo, names))]
+    found = [entry.filename for entry in archives.sorted_by_sample([*map(zipfile.ZipInfo, names)])]
     together = ["2024.1.png", "2024.1.txt", "2024.2.png", "2024.2.txt", "b.png", "b.txt", "b.png"]
     assert [name for name in found if not name.endswith("/")] == together
 
@@ -254,11 +272,13 @@ def test_the_files_of_a_sample_that_is_split_are_next_to_each_other_in_a_zip_fil
 def test_a_metadata_file_in_an_archive_is_reported(
     tmp_path: Path, table: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "a.tar").write_bytes(tar([(f"p/{table}", b"x"), ("p/x.png", png(1))]))
+    members = [(f"/p/{table}", b"x"), (f"q/{table}", b"x"), ("p/x.png", png(1))]
+    (tmp_path / "a.tar").write_bytes(tar(members))
     passed_over = PassedOver()
     assert read(all_sources([tmp_path / "a.tar"], passed_over=passed_over)).metadata == {"a.tar#p/x.png": {}}
-    assert passed_over.counts == {"metadata file in an archive": 1}
-    assert f"a.tar: p/{table} is not read; unpack the archive" in caplog.text
+    assert passed_over.counts == {"metadata file in an archive": 2}
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert f"a.tar: metadata files in an archive are not read (2, such as /p/{table}); unpack it" in warning
     caplog.clear()
     read(tmp_path / "a.tar", exclude=(table,))
     assert not caplog.text
