@@ -124,7 +124,7 @@ class CaptionRun:
 
         The metadata are written at the end, even if the run ends early.
 
-        :raises CocoaError: If the writer fails for any image, ``FAILURES_IN_A_ROW`` images have no answer, or ``out``
+        :raises CocoaError: If the writer fails for any image, ``FAILURES_IN_A_ROW`` images have no answer, ``out``
             cannot be written, or another run writes to it.
         """
         with ExitStack() as stack:

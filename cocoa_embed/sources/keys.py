@@ -29,7 +29,12 @@ def load_key(key: str, allowed_hosts: Sequence[str] = ()) -> Image:
     :param allowed_hosts: The web hosts from which images are fetched, as ``Fetcher`` takes them.
     :raises ImageError: If there is no such image, or it cannot be used.
     """
-    return decode_image(read_key(key, allowed_hosts), shown_address(key) if "://" in key else printable(key))[0]
+    return decode_image(read_key(key, allowed_hosts), shown_key(key))[0]
+
+
+def shown_key(key: str) -> str:
+    """Return the key of an image as it is shown in errors."""
+    return shown_address(key) if "://" in key else printable(key)
 
 
 def read_key(key: str, allowed_hosts: Sequence[str] = ()) -> bytes:

@@ -21,10 +21,9 @@ from llama_index.core.vector_stores.utils import metadata_dict_to_node
 from cocoa_embed.errors import CocoaError, ImageError, UsageError, printable
 from cocoa_embed.images.load import ImageSource, decode_image, load_image, read_image_source
 from cocoa_embed.images.to_rgb import draw_thumbnail
-from cocoa_embed.images.urls import shown_address
 from cocoa_embed.integrations.qdrant.points import plain_payload, point_id, with_node_fields
 from cocoa_embed.sources.files import is_deleted
-from cocoa_embed.sources.keys import read_key
+from cocoa_embed.sources.keys import read_key, shown_key
 
 if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant.indexer import Hit
@@ -104,7 +103,7 @@ def read_source(source: ImageSource, allowed_hosts: Sequence[str]) -> tuple[str,
     if len(key) > LONGEST_PATH and "://" not in key:
         reason = f"has {len(key)} characters and is no path; give base64 as ImageNode(image=...) or as a data: URI"
         raise ImageError(f"{printable(key[:40])}...", reason)
-    return shown_address(key) if "://" in key else printable(key), read_key(key, allowed_hosts)
+    return shown_key(key), read_key(key, allowed_hosts)
 
 
 def text_of(node: BaseNode) -> str:

@@ -85,7 +85,7 @@ def read_rows(
     for name, some in weighted.items():
         if not len(usable[name]):
             asked = f" with captions={sources[name].captions}" if sources[name].folder else ""
-            raise CocoaError(f"Subset {name!r} has no usable row{asked}; give it other data, or leave it out.")
+            raise CocoaError(f"Subset {name!r} has no usable row{asked}; give it other data.")
         if not len(some):
             raise CocoaError(
                 f"Subset {name!r} has {len(usable[name])} usable rows, and its weight {sources[name].weight} "
